@@ -1,0 +1,56 @@
+"""What all command lines share: flags from a dataclass, errors in one line, exit codes."""
+
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from onerec_jax.errors import InputError
+
+
+def run(
+    main: Callable[[Any], Any],
+    config_type: type,
+    *,
+    prog: str | None = None,
+    default: Any = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parse flags into a config, call `main` with it and end as a good command line does.
+
+    `--debug` may stand anywhere among the flags: errors then come with their traceback.
+
+    Args:
+      main: called with one `config_type`.
+      config_type: frozen dataclass; its fields become flags, its docstring the help.
+      prog: name in the help, such as "python -m experiments.prepare".
+      default: config whose values replace the defaults of `config_type`.
+      argv: flags; those of the process if None.
+
+    Raises:
+      SystemExit: 2 for wrong flags or an InputError, 130 after Ctrl-C, 0 after `--help`.
+        Other exceptions are bugs and pass through.
+    """
+    import tyro  # here, so that the library works without the command lines' packages
+
+    flags = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in flags
+    flags = [flag for flag in flags if flag != "--debug"]
+    config = tyro.cli(
+        config_type,
+        prog=prog,
+        description=f"{inspect.getdoc(config_type)}\n\nWith --debug, errors show a traceback.",
+        args=flags,
+        **({} if default is None else {"default": default}),
+    )
+    try:
+        main(config)
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,108 @@
+"""Model sizes: one frozen dataclass and the published presets.
+
+Sizes come from the OneRec Technical Report (arXiv 2506.13695), Table 1 and section 2.2; what the
+report leaves open (gate, dropout, capacity) is a field here with its default and the reason.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Size and choices of one OneRec encoder-decoder."""
+
+    d_model: int = 128
+    """Width D of every block."""
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+    num_heads: int = 4
+    ff_dim: int = 256
+    """Hidden width of a dense feed-forward layer."""
+
+    num_experts: int = 0
+    """Routed experts E of each decoder feed-forward layer; 0 makes it dense."""
+    experts_per_token: int = 2
+    """Experts K that see each token (top-k)."""
+    expert_dim: int = 256
+    """Hidden width F of a SwiGLU expert."""
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    """sigmoid: renormalised over the chosen experts (DeepSeek-V3); softmax: as OneRec V0."""
+    capacity_factor: float = 0.0
+    """Rows an expert may take, as a multiple of a balanced load; 0 = dropless, exact."""
+    router_bias_rate: float = 1e-3
+    """Step u of the loss-free balancing bias (arXiv 2408.15664)."""
+
+    history_item: Literal["sid", "item"] = "sid"
+    """What stands for an item in the history: its semantic ID or an embedding of its own."""
+    short_length: int = 20
+    positive_length: int = 256
+    lifelong_length: int = 2000
+    lifelong_queries: int = 128
+    lifelong_blocks: int = 2
+    author_dim: int = 512
+    feature_dim: int = 128
+    """Width of the tag, time, playtime, duration and label embeddings."""
+    static_dim: int = 64
+    """Width of each static user feature's embedding."""
+
+    dropout: float = 0.0
+    """Dropout after each sublayer and on pathway outputs; the papers name none."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more FLOPs."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """auto: cuDNN for 16-bit types on a GPU, XLA elsewhere."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on GPU and TPU, float32 on CPU. Master weights are always float32."""
+
+    def __post_init__(self):
+        if self.d_model % self.num_heads:
+            raise ValueError(f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} must lie in 1..{self.num_experts}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def encoder_length(self) -> int:
+        """Tokens of the encoder: static, short-term, positive feedback, compressed lifelong."""
+        lifelong = self.lifelong_queries if self.lifelong_length else 0
+        return 1 + self.short_length + self.positive_length + lifelong
+
+
+V1_LARGE = ModelConfig(
+    d_model=1024, encoder_layers=4, decoder_layers=4, num_heads=8, ff_dim=2048, remat=True
+)
+
+PRESETS: dict[str, ModelConfig] = {
+    # Small enough for two CPU cores; every part of the real model is there.
+    "tiny": ModelConfig(
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_heads=4,
+        ff_dim=128,
+        num_experts=8,
+        experts_per_token=2,
+        expert_dim=64,
+        short_length=20,
+        positive_length=16,
+        lifelong_length=48,
+        lifelong_queries=4,
+        lifelong_blocks=1,
+        author_dim=32,
+        feature_dim=16,
+        static_dim=16,
+        dropout=0.1,
+    ),
+    "v1-0.015b": ModelConfig(),
+    "v1-0.121b": V1_LARGE,
+    # Experts of 2816, not the table's 2048: only so do the parameters add up to 0.935B.
+    "v1-0.935b": dataclasses.replace(
+        V1_LARGE, num_experts=24, experts_per_token=2, expert_dim=2816, capacity_factor=1.25
+    ),
+}

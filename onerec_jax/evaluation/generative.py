@@ -1,0 +1,139 @@
+"""Ranking by generation: beams to items, and what a test needs to know of them.
+
+Axes: B users of a batch, U users in all, W beams, n places of a list.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from onerec_jax.data.pipeline import BatchBuilder, Examples, padded_batches
+from onerec_jax.evaluation.ranking import rank_of_target_in_list
+from onerec_jax.generation.beam import beam_search
+from onerec_jax.generation.trie import Trie, build_trie
+from onerec_jax.losses.ntp import ntp_loss
+from onerec_jax.models.onerec import OneRec
+from onerec_jax.sharding import put_batch
+from onerec_jax.tokenizer.semantic_ids import SemanticIds
+
+
+def expand_leaves(leaf_bw, offsets, items, n) -> np.ndarray:
+    """Item lists of beams: each ID gives all its items, in serving order, before the next ID.
+
+    Args:
+      leaf_bw: int `[B, W]`, best first, -1 for dead beams.
+      offsets, items: from `SemanticIds.items_by_leaf`.
+      n: length of the lists.
+
+    Returns:
+      Item rows int32 `[B, n]`, -1 where the beams gave fewer items.
+    """
+    users, width = leaf_bw.shape
+    alive = leaf_bw >= 0
+    leaf = np.where(alive, leaf_bw, 0)
+    # No ID can fill more than n places, so longer collision lists need not be unrolled.
+    count = np.where(alive, np.minimum(offsets[leaf + 1] - offsets[leaf], n), 0)
+    start = np.cumsum(count, axis=1) - count
+    flat_count = count.reshape(-1)
+    beam = np.repeat(np.arange(users * width), flat_count)
+    within = np.arange(len(beam)) - np.repeat(np.cumsum(flat_count) - flat_count, flat_count)
+    place = start.reshape(-1)[beam] + within
+    fits = place < n
+    lists = np.full((users, n), -1, np.int32)
+    lists[beam[fits] // width, place[fits]] = items[offsets[leaf.reshape(-1)[beam]] + within][fits]
+    return lists
+
+
+def drop_seen(lists, seen, n) -> np.ndarray:
+    """Removes each user's seen items and closes the gaps: `[B, m] -> [B, n]`, -1 at the end."""
+    out = np.full((len(lists), n), -1, np.int32)
+    for row, (items, known) in enumerate(zip(lists, seen, strict=True)):
+        kept = items[(items >= 0) & ~np.isin(items, known)][:n]
+        out[row, : len(kept)] = kept
+    return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generated:
+    """What the model generated for U users and where their targets stand in it."""
+
+    lists: np.ndarray  # int32 [U, n], item rows, -1 = none
+    item_ranks: np.ndarray  # int32 [U], rank of the target item, NOT_RANKED if absent
+    id_ranks: np.ndarray  # int32 [U], rank of the target's ID among the beams
+
+
+class Generator:
+    """Compiled generation and loss of one model over one table of semantic IDs."""
+
+    def __init__(
+        self,
+        model: OneRec,
+        ids: SemanticIds,
+        tie_order: np.ndarray,
+        mesh,
+        *,
+        beam_width: int,
+        batch_size: int,
+    ):
+        """`model.train` must be False; `tie_order` ranks items of equal score."""
+        assert not model.train, "generation runs dropless and without dropout"
+        self.ids, self.mesh, self.model = ids, mesh, model
+        devices = mesh.devices.size
+        self.batch_size = -(-batch_size // devices) * devices
+        self.trie: Trie = build_trie(ids.leaf_sids)
+        self.offsets, self.items = ids.items_by_leaf(tie_order)
+        self.search = jax.jit(functools.partial(beam_search, model, width=beam_width))
+        self._loss = jax.jit(
+            lambda variables, batch: ntp_loss(model.apply(variables, batch), batch.target)
+        )
+
+    def _batches(self, builder: BatchBuilder, examples: Examples):
+        for batch, real in padded_batches(builder, examples, self.batch_size):
+            yield put_batch(batch, self.mesh), real
+
+    def beams(self, variables, builder, examples, *, masked=True):
+        """Yields `Beams` of NumPy arrays over all examples; `masked`: only IDs that exist."""
+        trie = self.trie if masked else None
+        for batch, real in self._batches(builder, examples):
+            found = jax.device_get(self.search(variables, batch, trie=trie))
+            yield jax.tree.map(lambda x, real=real: x[:real], found)
+
+    def rank(self, variables, builder, examples, *, n=10, seen=None) -> Generated:
+        """Ranks the target of every example among all items.
+
+        Args:
+          seen: item rows to leave out, one array an example; None keeps every item.
+        """
+        log = builder.log
+        targets = log.item[log.offsets[examples.user] + examples.position]
+        leaves = [beams.leaf for beams in self.beams(variables, builder, examples)]
+        leaf = np.concatenate(leaves)
+        if seen is None:
+            lists = expand_leaves(leaf, self.offsets, self.items, n)
+        else:
+            longest = n + max(len(items) for items in seen)
+            lists = drop_seen(expand_leaves(leaf, self.offsets, self.items, longest), seen, n)
+        return Generated(
+            lists,
+            rank_of_target_in_list(lists, targets),
+            rank_of_target_in_list(leaf, self.ids.leaf_of_item[targets]),
+        )
+
+    def loss(self, variables, builder, examples) -> np.ndarray:
+        """NTP loss of every example, float32 `[U, levels]`, nats."""
+        parts = [
+            np.asarray(self._loss(variables, batch))[:real]
+            for batch, real in self._batches(builder, examples)
+        ]
+        return np.concatenate(parts)
+
+    def legality(self, variables, builder, examples) -> float:
+        """Share of IDs that exist among all that the model generates without the trie."""
+        legal = total = 0
+        for beams in self.beams(variables, builder, examples, masked=False):
+            alive = np.isfinite(beams.logp)
+            legal += int(((self.ids.find(beams.sid) >= 0) & alive).sum())
+            total += int(alive.sum())
+        return legal / total

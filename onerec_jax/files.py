@@ -1,0 +1,38 @@
+"""Artefacts that appear whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """Yields a temporary sibling folder that becomes `folder` if the block ends well.
+
+    An existing `folder` is replaced only then; on an error nothing changes.
+    """
+    folder = pathlib.Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield tmp
+        old = None
+        if folder.exists():
+            old = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old)  # an empty folder gives way
+        os.replace(tmp, folder)
+        os.chmod(folder, 0o755)  # mkdtemp's are private
+        if old:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def write_text(path, text: str) -> None:
+    """Writes a text file by way of a temporary sibling."""
+    path = pathlib.Path(path)
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)

@@ -1,0 +1,163 @@
+"""The decoder: BOS and codes, causal self-attention, cross-attention to the user, experts.
+
+OneRec Technical Report (arXiv 2506.13695), section 2.2.2. The report prints a norm before the
+experts only; pre-norm before all three sublayers is our choice.
+
+Axes: B users, S code positions (or W beams), T encoder tokens, H heads, K head width, L layers.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.models.layers import Dtype, FeedForward, Projections, attention, rms_norm
+from onerec_jax.models.moe import MoE
+
+
+@struct.dataclass
+class CrossCache:
+    """Keys and values of the encoded user, once for all beams."""
+
+    k: jax.Array  # [L, B, T, H, K]
+    v: jax.Array  # [L, B, T, H, K]
+    length: jax.Array  # int32 [B]
+
+
+@struct.dataclass
+class BeamCache:
+    """Keys and values of the codes decoded so far, one copy a beam."""
+
+    k: jax.Array  # [L, B, W, S, H, K]
+    v: jax.Array  # [L, B, W, S, H, K]
+
+    def take(self, parent_bw):
+        """The caches of the beams that survive: `parent_bw` int32 `[B, W']`."""
+
+        def gather(x):
+            return jnp.take_along_axis(x, parent_bw[None, :, :, None, None, None], axis=2)
+
+        return jax.tree.map(gather, self)
+
+
+class DecoderBlock(nn.Module):
+    """One layer; all positions at once (`__call__`) or one position of many beams (`step`)."""
+
+    cfg: ModelConfig
+    dtype: Dtype
+    train: bool
+
+    def setup(self):
+        cfg = self.cfg
+        self.self_attention = Projections(cfg.d_model, cfg.num_heads, self.dtype)
+        self.cross_attention = Projections(cfg.d_model, cfg.num_heads, self.dtype)
+        self.norm_self = rms_norm(dtype=self.dtype, name="norm_self")
+        self.norm_cross = rms_norm(dtype=self.dtype, name="norm_cross")
+        self.norm_ff = rms_norm(dtype=self.dtype, name="norm_ff")
+        self.drop = nn.Dropout(cfg.dropout, deterministic=not self.train)
+        if cfg.num_experts:
+            self.experts = MoE(
+                cfg.num_experts,
+                cfg.experts_per_token,
+                cfg.expert_dim,
+                cfg.capacity_factor,
+                self.dtype,
+                cfg.gate,
+            )
+        else:
+            self.ff = FeedForward(cfg.ff_dim, self.dtype)
+
+    def feed_forward(self, x):
+        x = self.norm_ff(x)
+        if not self.cfg.num_experts:
+            return self.ff(x)
+        # Outside training a user's result must not depend on who else is in the batch.
+        return self.experts(x, dropless=not self.train)
+
+    def cross(self, x_bsd, k_bthk, v_bthk, length_b):
+        q = self.cross_attention.q(self.norm_cross(x_bsd))
+        y = attention(q, k_bthk, v_bthk, key_length_b=length_b, implementation=self.cfg.attention)
+        return self.drop(self.cross_attention.o(y))
+
+    def cross_kv(self, z_btd, _, length_b):
+        """Keys and values of the encoder output for this layer, `[B, T, H, K]` each."""
+        maps = self.cross_attention
+        return z_btd, (maps.k(z_btd), maps.v(z_btd))
+
+    def __call__(self, x_bsd, _, context):
+        """Teacher forcing: `x [B, S, D]`, context = (encoder output `[B, T, D]`, length `[B]`)."""
+        z_btd, length_b = context
+        maps = self.self_attention
+        x = self.norm_self(x_bsd)
+        # At three positions a kernel gains nothing over XLA, and cuDNN refuses odd lengths.
+        y = attention(maps.q(x), maps.k(x), maps.v(x), causal=True)
+        x_bsd = x_bsd + self.drop(maps.o(y))
+        _, (k, v) = self.cross_kv(z_btd, None, length_b)
+        x_bsd = x_bsd + self.cross(x_bsd, k, v, length_b)
+        return x_bsd + self.drop(self.feed_forward(x_bsd)), None
+
+    def step(self, x_bwd, caches, context):
+        """Position t of every beam: `x [B, W, D]`, context = (t, encoder length `[B]`)."""
+        (cross_k, cross_v), (k_bwshk, v_bwshk) = caches
+        t, length_b = context
+        maps = self.self_attention
+        x = self.norm_self(x_bwd)
+        k_bwshk = k_bwshk.at[:, :, t].set(maps.k(x))
+        v_bwshk = v_bwshk.at[:, :, t].set(maps.v(x))
+        b, w, s = k_bwshk.shape[:3]
+        y = attention(
+            maps.q(x).reshape(b * w, 1, *k_bwshk.shape[3:]),
+            k_bwshk.reshape(b * w, s, *k_bwshk.shape[3:]),
+            v_bwshk.reshape(b * w, s, *k_bwshk.shape[3:]),
+            key_length_b=jnp.full(b * w, t + 1, jnp.int32),
+        )
+        x_bwd = x_bwd + maps.o(y.reshape(b, w, *k_bwshk.shape[3:]))
+        x_bwd = x_bwd + self.cross(x_bwd, cross_k, cross_v, length_b)
+        return x_bwd + self.feed_forward(x_bwd), (k_bwshk, v_bwshk)
+
+
+class Decoder(nn.Module):
+    """A scanned stack of `DecoderBlock`s."""
+
+    cfg: ModelConfig
+    dtype: Dtype
+    train: bool = False
+
+    def setup(self):
+        cfg = self.cfg
+        block: Any = DecoderBlock
+        if cfg.remat:
+            block = nn.remat(block, prevent_cse=False, methods=["__call__"])
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0, "router": 0, "router_stats": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=cfg.decoder_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+            methods=["__call__", "cross_kv", "step"],
+        )
+        self.layers = stack(cfg, self.dtype, self.train)
+
+    def __call__(self, x_bsd, z_btd, length_b):
+        """Hidden states `[B, S, D]` of all positions under teacher forcing."""
+        return self.layers(x_bsd, None, (z_btd, length_b))[0]
+
+    def cross_cache(self, z_btd, length_b) -> CrossCache:
+        _, (k, v) = self.layers.cross_kv(z_btd, None, length_b)
+        return CrossCache(k, v, length_b)
+
+    def empty_cache(self, users: int, beams: int, positions: int) -> BeamCache:
+        cfg = self.cfg
+        shape = (cfg.decoder_layers, users, beams, positions, cfg.num_heads, cfg.head_dim)
+        return BeamCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def step(self, x_bwd, cross: CrossCache, cache: BeamCache, t: int):
+        """Decodes position t of every beam: `[B, W, D]` -> hidden `[B, W, D]` and the new cache."""
+        x, (k, v) = self.layers.step(
+            x_bwd, ((cross.k, cross.v), (cache.k, cache.v)), (t, cross.length)
+        )
+        return x, BeamCache(k, v)

@@ -1,0 +1,217 @@
+"""The user encoder: four pathways, then bidirectional pre-norm blocks.
+
+OneRec Technical Report (arXiv 2506.13695), section 2.2.1 (pathways) and 2.2.2 (encoder). A pathway
+that a data set cannot fill has length 0 and is masked out; nothing is made up in its place.
+
+Axes: B users, T history positions or encoder tokens, Q queries, W features side by side, D width.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.inputs import TIME_BUCKETS, Batch, FeatureSpec, Pathway
+from onerec_jax.models.layers import (
+    Dtype,
+    FeedForward,
+    Projections,
+    attention,
+    dense,
+    embedding,
+    partitioned,
+    rms_norm,
+)
+
+
+def embed_sid(table_vd, sid, codebook_size):
+    """Sum of the level-specific embeddings of semantic IDs.
+
+    Args:
+      table_vd: `[levels * codebook_size, D]`; code c of level l is row `l * codebook_size + c`.
+      sid: int32 `[..., levels]`.
+    """
+    offset = jnp.arange(sid.shape[-1]) * codebook_size
+    return jnp.take(table_vd, sid + offset, axis=0).sum(-2)
+
+
+class InteractionFeatures(nn.Module):
+    """Concatenated embeddings of one interaction: `[B, T, W]`. One set of tables for all pathways.
+
+    Widths as in the report: item D, author 512, the others 128 each.
+    """
+
+    cfg: ModelConfig
+    spec: FeatureSpec
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, pathway: Pathway, sid_table):
+        cfg, spec = self.cfg, self.spec
+        parts = []
+
+        def lookup(name, index, size, width):
+            table = self.param(name, *embedding(size, width))
+            part = jnp.take(table.astype(self.dtype), index, axis=0)
+            parts.append(jnp.where((index > 0)[..., None], part, 0))  # 0: unknown
+
+        if cfg.history_item == "item":
+            lookup("item", pathway.item + 1, spec.num_items + 1, cfg.d_model)
+        else:
+            parts.append(embed_sid(sid_table.astype(self.dtype), pathway.sid, spec.codebook_size))
+        if spec.num_authors:
+            lookup("author", pathway.author, spec.num_authors + 1, cfg.author_dim)
+        if spec.tags:
+            lookup("tag", pathway.tags, len(spec.tags) + 1, cfg.feature_dim)
+            count = jnp.maximum((pathway.tags > 0).sum(-1, keepdims=True), 1)
+            parts[-1] = parts[-1].sum(-2) / count.astype(self.dtype)
+        if spec.has_time:
+            lookup("age", pathway.age, TIME_BUCKETS, cfg.feature_dim)
+        if spec.has_playtime:
+            lookup("playtime", pathway.playtime, TIME_BUCKETS, cfg.feature_dim)
+        if spec.has_duration:
+            lookup("duration", pathway.duration, TIME_BUCKETS, cfg.feature_dim)
+        if spec.labels:
+            bits = pathway.label.astype(self.dtype)
+            parts.append(
+                dense(cfg.feature_dim, axes=(None, None), dtype=self.dtype, name="label")(bits)
+            )
+        return jnp.concatenate(parts, axis=-1)
+
+
+class PathwayMLP(nn.Module):
+    """`Dense(LeakyReLU(Dense(f)))`, the head of every pathway. `[..., W] -> [..., D]`."""
+
+    d_model: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, f):
+        h = dense(self.d_model, axes=(None, "ff"), dtype=self.dtype, name="w_in", use_bias=True)(f)
+        h = nn.leaky_relu(h, 0.01)
+        return dense(
+            self.d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out", use_bias=True
+        )(h)
+
+
+class LifelongQFormer(nn.Module):
+    """Compresses the lifelong history into a fixed number of tokens (report, section 2.2.1).
+
+    Blocks of cross-attention and feed-forward. The report prints neither residuals nor norms around
+    the attention; pre-norm residual blocks are our choice.
+    """
+
+    cfg: ModelConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, v_btd, length_b):
+        """`[B, T, D]`, int32 `[B]` -> `[B, Q, D]`."""
+        cfg = self.cfg
+        query = self.param(
+            "query", *embedding(cfg.lifelong_queries, cfg.d_model, axes=(None, "embed"))
+        )
+        h = jnp.broadcast_to(
+            query.astype(self.dtype), (v_btd.shape[0], cfg.lifelong_queries, cfg.d_model)
+        )
+        v = rms_norm(dtype=self.dtype, name="norm_kv")(v_btd)
+        for i in range(cfg.lifelong_blocks):
+            maps = Projections(cfg.d_model, cfg.num_heads, self.dtype, name=f"attention_{i}")
+            q = maps.q(rms_norm(dtype=self.dtype, name=f"norm_attention_{i}")(h))
+            y = attention(
+                q, maps.k(v), maps.v(v), key_length_b=length_b, implementation=cfg.attention
+            )
+            h = h + maps.o(y)
+            x = rms_norm(dtype=self.dtype, name=f"norm_ff_{i}")(h)
+            h = h + FeedForward(cfg.ff_dim, self.dtype, name=f"ff_{i}")(x)
+        return h
+
+
+class EncoderBlock(nn.Module):
+    """`z += SelfAttention(norm(z)); z += FeedForward(norm(z))`, fully visible."""
+
+    cfg: ModelConfig
+    dtype: Dtype
+    train: bool
+
+    @nn.compact
+    def __call__(self, z_btd, length_b):
+        cfg = self.cfg
+        drop = nn.Dropout(cfg.dropout, deterministic=not self.train)
+        maps = Projections(cfg.d_model, cfg.num_heads, self.dtype, name="attention")
+        x = rms_norm(dtype=self.dtype, name="norm_attention")(z_btd)
+        y = attention(
+            maps.q(x), maps.k(x), maps.v(x), key_length_b=length_b, implementation=cfg.attention
+        )
+        z_btd = z_btd + drop(maps.o(y))
+        x = rms_norm(dtype=self.dtype, name="norm_ff")(z_btd)
+        return z_btd + drop(FeedForward(cfg.ff_dim, self.dtype, name="ff")(x)), None
+
+
+def pack_valid_first(z_btd, valid_bt):
+    """Moves valid tokens to the front, in order, so that a length can stand for the mask.
+
+    Attention kernels are fast with lengths and slow with masks. Position embeddings must be added
+    before: afterwards a token no longer knows its slot.
+
+    Returns:
+      The packed tokens and the int32 number of valid ones of each user.
+    """
+    order_bt = jnp.argsort(~valid_bt, axis=1, stable=True)
+    packed = jnp.take_along_axis(z_btd, order_bt[..., None], axis=1)
+    return packed, valid_bt.sum(1, dtype=jnp.int32)
+
+
+class Encoder(nn.Module):
+    """Four pathways -> `[B, T, D]` encoded tokens, valid ones first, and their number `[B]`."""
+
+    cfg: ModelConfig
+    spec: FeatureSpec
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, batch: Batch, sid_table, *, train=False):
+        cfg, spec, dtype = self.cfg, self.spec, self.dtype
+        features = InteractionFeatures(cfg, spec, dtype, name="features")
+        users = batch.short.length.shape[0]
+        tokens, valid = [], []
+
+        def add(z, length_b):
+            tokens.append(z)
+            valid.append(jnp.arange(z.shape[1]) < length_b[:, None])
+
+        if spec.static:
+            parts = []
+            for i, (name, words) in enumerate(spec.static):
+                table = self.param(f"static_{name}", *embedding(len(words) + 1, cfg.static_dim))
+                parts.append(jnp.take(table.astype(dtype), batch.static[:, i], axis=0))
+            h = PathwayMLP(cfg.d_model, dtype, name="static")(jnp.concatenate(parts, axis=-1))
+            add(h[:, None], jnp.ones(users, jnp.int32))
+        else:
+            add(jnp.zeros((users, 1, cfg.d_model), dtype), jnp.zeros(users, jnp.int32))
+        for name in ("short", "positive"):
+            pathway = getattr(batch, name)
+            h = PathwayMLP(cfg.d_model, dtype, name=name)(features(pathway, sid_table))
+            add(h, pathway.length)
+        if cfg.lifelong_length:
+            h = PathwayMLP(cfg.d_model, dtype, name="lifelong")(features(batch.lifelong, sid_table))
+            h = LifelongQFormer(cfg, dtype, name="qformer")(h, batch.lifelong.length)
+            present = batch.lifelong.length > 0
+            add(h, jnp.where(present, cfg.lifelong_queries, 0))
+
+        z = jnp.concatenate(tokens, axis=1)
+        init = partitioned(nn.initializers.normal(0.02), None, "embed")
+        position = self.param("position", init, (cfg.encoder_length, cfg.d_model))
+        z = nn.Dropout(cfg.dropout, deterministic=not train)(z + position.astype(dtype))
+        z, length = pack_valid_first(z, jnp.concatenate(valid, axis=1))
+
+        block = nn.remat(EncoderBlock, prevent_cse=False) if cfg.remat else EncoderBlock
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=cfg.encoder_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        z, _ = layers(cfg, dtype, train, name="layers")(z, length)
+        return rms_norm(dtype=dtype, name="norm")(z), length

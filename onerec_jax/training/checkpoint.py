@@ -1,0 +1,119 @@
+"""Checkpoints: the only file that touches Orbax.
+
+A checkpoint holds the model (`params`, `router`), the optimizer, the data iterator and a JSON note
+(early stopping, settings). Model and optimizer are items of their own, so that evaluation and
+serving read the model alone. Orbax makes a step visible only once it is whole.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from onerec_jax.errors import InputError
+from onerec_jax.training.step import TrainState
+
+_training = ocp.training
+
+
+class Checkpoints:
+    """Checkpoints of one run: the latest to resume from, the best to serve."""
+
+    def __init__(self, folder: pathlib.Path, *, metric: str = "score"):
+        """Opens `folder`; of all steps the latest and the one with the highest `metric` stay."""
+        self.folder = pathlib.Path(folder)
+        policies = _training.preservation_policies
+        self._checkpointer = _training.Checkpointer(
+            self.folder.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(1),
+                    policies.BestN(get_metric_fn=lambda metrics: metrics[metric], n=1),
+                ]
+            ),
+            cleanup_tmp_directories=True,  # of saves that were killed
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the latest checkpoint, None if there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState, iterator, *, note: dict[str, Any], score: float) -> None:
+        """Writes one step and waits until it is whole.
+
+        Args:
+          iterator: Grain iterator; its position is captured now.
+          note: JSON, returned by `load_note`.
+          score: higher is better.
+        """
+        self._checkpointer.save_checkpointables(
+            int(state.step),
+            {
+                "model": state.variables,
+                "optimizer": state.opt_state,
+                "data": iterator,
+            },
+            force=True,
+            overwrite=True,
+            metrics={"score": score},
+            custom_metadata=note,
+        )
+
+    def load_note(self, step: int | None = None) -> dict[str, Any]:
+        """The note of a step (None: the latest)."""
+        return self._checkpointer.metadata(step).custom_metadata
+
+    def restore(self, abstract: TrainState, iterator, step: int | None = None) -> TrainState:
+        """State of a step (None: the latest), onto the shardings of `abstract`; moves `iterator`.
+
+        Raises:
+          InputError: the checkpoint belongs to another model.
+        """
+        loaded = self._load(
+            step,
+            {
+                "model": abstract.variables,
+                "optimizer": abstract.opt_state,
+                "data": iterator,
+            },
+        )
+        model = loaded["model"]
+        step_array = jax.device_put(jax.numpy.int32(step or self.latest), abstract.step.sharding)
+        return TrainState(step_array, model["params"], model["router"], loaded["optimizer"])
+
+    def restore_model(self, abstract_variables, step: int | None = None) -> dict:
+        """Only `params` and `router` of a step."""
+        return self._load(step, {"model": abstract_variables})["model"]
+
+    def _load(self, step, abstract):
+        if self.latest is None:
+            raise InputError(f"{self.folder} holds no checkpoint: run experiments.pretrain first")
+        _check_shapes(self, step, abstract["model"])
+        return self._checkpointer.load_checkpointables(step, abstract)
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def _check_shapes(checkpoints: Checkpoints, step, abstract_variables) -> None:
+    """Orbax's own message on a mismatch names neither the leaf nor the remedy."""
+    stored = checkpoints._checkpointer.checkpointables_metadata(step).metadata["model"]
+
+    def shapes(tree):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in leaves
+        }
+
+    have, want = shapes(stored), shapes(abstract_variables)
+    for name in sorted(have | want):
+        if have.get(name) != want.get(name):
+            raise InputError(
+                f"the checkpoint in {checkpoints.folder} is of another model or codebook "
+                f"({name}: {have.get(name)} stored, {want.get(name)} expected): "
+                "use the flags it was made with or another --run"
+            )

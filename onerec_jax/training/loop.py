@@ -1,0 +1,214 @@
+"""The training loop: steps, progress, validation, checkpoints, early stopping, clean exits."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from onerec_jax.errors import InputError
+from onerec_jax.sharding import put_batch
+from onerec_jax.training.checkpoint import Checkpoints
+from onerec_jax.training.metrics import MetricsLog, first_non_finite, mean_rows
+from onerec_jax.training.step import Trainer, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long to train and how often to look."""
+
+    batch_size: int = 256
+    """Examples a step, over all devices and processes."""
+    steps: int = 10_000
+    log_every: int = 50
+    validate_every: int = 500
+    """Steps between validations; each ends in a checkpoint."""
+    patience: int = 5
+    """Validations without a better score before training stops; 0 = never."""
+
+
+@dataclasses.dataclass
+class EarlyStopping:
+    """Best validation so far; part of every checkpoint."""
+
+    best_score: float = float("-inf")
+    best_step: int = 0
+    waited: int = 0
+    """Validations since the best."""
+
+    def update(self, step: int, score: float) -> bool:
+        """Takes a validation; True if it is the best."""
+        if score > self.best_score:
+            self.best_score, self.best_step, self.waited = score, step, 0
+            return True
+        self.waited += 1
+        return False
+
+
+class Interrupted(Exception):
+    """Training was asked to stop (Ctrl-C, SIGTERM); its state is saved."""
+
+
+class NonFiniteLoss(InputError):
+    """The loss or gradient stopped being a number."""
+
+
+class _StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second one acts at once."""
+
+    def __enter__(self):
+        self.received = None
+        self._old = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: no signals here
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._old[number])
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    trainer: Trainer,
+    iterator,
+    checkpoints: Checkpoints,
+    metrics_log: MetricsLog,
+    cfg: LoopConfig,
+    *,
+    seed: int,
+    validate: Callable[[dict[str, Any]], dict[str, float]],
+    say: Callable[[str], None] = print,
+) -> tuple[TrainState, EarlyStopping]:
+    """Trains until the last step or until validation stops rising; resumes by itself.
+
+    Every `validate_every` steps and at the end the model is validated and everything is saved
+    together: model, optimizer, data position, early stopping. A killed run starts again from the
+    latest save and repeats, bit for bit on a CPU, what it had not saved.
+
+    Args:
+      validate: variables -> metrics, among them `score` (higher is better).
+      say: prints one line of progress.
+
+    Raises:
+      Interrupted: after Ctrl-C or SIGTERM, everything saved.
+      NonFiniteLoss: names the step and the last good checkpoint.
+    """
+    stopping = EarlyStopping()
+    if checkpoints.latest is None:
+        state = trainer.init(seed)
+    else:
+        state = checkpoints.restore(trainer.abstract_state, iterator)
+        stopping = EarlyStopping(**checkpoints.load_note()["early_stopping"])
+        say(f"resuming at step {int(state.step)}")
+    step = int(state.step)
+    metrics_log.cut_after(step)
+    pending: list[dict] = []
+    clock = _Clock(step)
+
+    def flush():
+        """Writes the mean of the steps since the last row; the device is at most one row behind."""
+        if not pending:
+            return
+        rows = jax.device_get(pending)
+        pending.clear()
+        if bad := first_non_finite(rows):
+            saved = checkpoints.latest
+            raise NonFiniteLoss(
+                f"{bad[1]} is not finite at step {step - len(rows) + 1 + bad[0]}: lower "
+                "--optimizer.learning-rate or look at the data; "
+                + ("no checkpoint was saved" if saved is None else f"last good one: step {saved}")
+            )
+        row = mean_rows(rows)
+        metrics_log.write({"step": step, **row})
+        say(_progress_line(step, cfg, row, clock))
+
+    def save(score):
+        note = {"early_stopping": dataclasses.asdict(stopping)}
+        checkpoints.save(state, iterator, note=note, score=score)
+
+    def finished():
+        return step >= cfg.steps or (cfg.patience and stopping.waited >= cfg.patience)
+
+    with _StopSignal() as stop:
+        while not finished():
+            batch = put_batch(next(iterator), trainer.mesh)
+            state, metrics = trainer.step(state, batch)
+            pending.append(metrics)
+            step += 1
+            clock.tick(cfg.batch_size, metrics)
+            validating = step % cfg.validate_every == 0 or step == cfg.steps
+            if validating or step % cfg.log_every == 0:
+                flush()
+            if validating:
+                with clock.paused():
+                    result = validate(state.variables)
+                    better = stopping.update(step, result["score"])
+                    metrics_log.write({"step": step, "validation": True, **result})
+                    say(_validation_line(step, result, better, stopping, cfg))
+                    save(result["score"])
+            if stop.received:
+                if not validating:
+                    # Never the best: an unvalidated step must not be served.
+                    save(float("-inf"))
+                raise Interrupted(f"{stop.received}: saved step {step}")
+    return state, stopping
+
+
+class _Clock:
+    """Examples a second since the last line, compilation and validation left out."""
+
+    def __init__(self, step):
+        self.examples, self.seconds, self.last, self.first = 0, 0.0, None, step
+
+    def tick(self, examples, metrics):
+        if self.last is None:  # the first step compiles
+            jax.block_until_ready(metrics)
+        else:
+            self.examples += examples
+            self.seconds += time.perf_counter() - self.last
+        self.last = time.perf_counter()
+
+    def paused(self):
+        clock = self
+
+        class Pause:
+            def __enter__(self):
+                pass
+
+            def __exit__(self, *_):
+                clock.last = time.perf_counter()
+
+        return Pause()
+
+    @property
+    def rate(self) -> float:
+        return self.examples / self.seconds if self.seconds else float("nan")
+
+
+def _progress_line(step, cfg, row, clock) -> str:
+    levels = " ".join(f"{x:.3f}" for x in row["loss_level"])
+    line = f"step {step:>6}/{cfg.steps}  loss {row['loss']:.4f} ({levels})  {clock.rate:,.0f} ex/s"
+    if "load" in row:
+        line += f"  max load +{row['max_violation']:.0%}  dropped {row['dropped']:.1%}"
+    left = (cfg.steps - step) * cfg.batch_size / clock.rate if clock.seconds else float("nan")
+    return line + (f"  left {_minutes(left)}" if left == left else "")
+
+
+def _validation_line(step, result, better, stopping, cfg) -> str:
+    values = "  ".join(f"{name} {value:.4f}" for name, value in result.items() if name != "score")
+    note = "best so far" if better else f"best at step {stopping.best_step}"
+    if not better and cfg.patience:
+        note += f", waited {stopping.waited} of {cfg.patience}"
+    return f"  validation at {step}: {values}  ({note})"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

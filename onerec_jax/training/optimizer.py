@@ -1,0 +1,58 @@
+"""AdamW with warm-up, decay and clipping, all by Optax."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The Technical Report names no optimizer for V1; V0 used Adam at 2e-4."""
+
+    learning_rate: float = 2e-4
+    """Peak, after warm-up."""
+    warmup_steps: int = 1000
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course from the peak to `final_fraction` of it at the last step."""
+    final_fraction: float = 0.1
+    weight_decay: float = 0.01
+    """On matrices and tables; norms and biases are left alone."""
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.98
+
+
+def learning_rate_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then `cfg.decay`, over `steps` in all."""
+    peak, warmup = cfg.learning_rate, min(cfg.warmup_steps, steps)
+    rest = max(steps - warmup, 1)
+    end = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=cfg.final_fraction),
+        "linear": optax.linear_schedule(peak, peak * cfg.final_fraction, rest),
+        "constant": optax.constant_schedule(peak),
+    }[cfg.decay]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), end], [warmup])
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The gradient transformation of a run of `steps` steps."""
+
+    def decays(params):
+        def matrix_or_table(path, _):
+            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            return not {"scale", "bias", "bos"} & set(names)
+
+        return jax.tree_util.tree_map_with_path(matrix_or_table, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(cfg, steps),
+            b1=cfg.b1,
+            b2=cfg.b2,
+            weight_decay=cfg.weight_decay,
+            mask=decays,
+        ),
+    )

@@ -1,0 +1,25 @@
+"""Eight CPU devices and a persistent compilation cache for every test."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import chex
+import jax
+import pytest
+
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
+
+chex.set_n_cpu_devices(8)  # before anything touches a JAX backend
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+    """Folder of real data sets beyond MovieLens (environment variable ONEREC_DATA)."""
+    folder = os.environ.get("ONEREC_DATA")
+    if not folder:
+        pytest.skip("ONEREC_DATA is not set: tests on Amazon Beauty need the folder of data sets")
+    return pathlib.Path(folder)
