@@ -7,6 +7,8 @@ report leaves open (gate, dropout, capacity) is a field here with its default an
 import dataclasses
 from typing import Literal
 
+from onerec_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -57,10 +59,14 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.d_model % self.num_heads:
-            raise ValueError(f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}")
+            raise InputError(
+                f"--model.d-model {self.d_model} is no multiple of --model.num-heads "
+                f"{self.num_heads}: change one of them"
+            )
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(
-                f"experts_per_token {self.experts_per_token} must lie in 1..{self.num_experts}"
+            raise InputError(
+                f"--model.experts-per-token {self.experts_per_token} must lie between 1 and "
+                f"--model.num-experts {self.num_experts}"
             )
 
     @property

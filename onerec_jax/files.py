@@ -1,10 +1,13 @@
 """Artefacts that appear whole or not at all."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import shutil
 import tempfile
+
+from onerec_jax.errors import InputError
 
 
 @contextlib.contextmanager
@@ -36,3 +39,16 @@ def write_text(path, text: str) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
     tmp.write_text(text)
     os.replace(tmp, path)
+
+
+def file_hash(path) -> str:
+    """SHA-256 of a file's bytes, 16 hex digits.
+
+    Raises:
+      InputError: no such file.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from error

@@ -54,6 +54,25 @@ def make_mesh(data: int = 0, expert: int = 1) -> Mesh:
     )
 
 
+def check_mesh(mesh: Mesh, *, batch_size: int, num_experts: int) -> None:
+    """Refuses a batch or a number of experts that does not divide over the mesh.
+
+    Raises:
+      InputError: with the flag to change.
+    """
+    devices, expert = mesh.devices.size, mesh.shape["expert"]
+    if batch_size < 1 or batch_size % devices:
+        raise InputError(
+            f"--train.batch-size {batch_size} is no positive multiple of the {devices} devices of "
+            f"the mesh: use {max(batch_size // devices, 1) * devices}"
+        )
+    if num_experts % expert:
+        raise InputError(
+            f"--mesh.expert {expert} does not divide --model.num-experts {num_experts}: "
+            "change one of them"
+        )
+
+
 def shardings_of(boxed, mesh: Mesh):
     """Shardings of a tree whose leaves carry logical axis names (`nn.Partitioned`)."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)

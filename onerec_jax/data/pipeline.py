@@ -133,8 +133,8 @@ def train_pipeline(builder: BatchBuilder, examples: Examples, *, batch_size: int
     processes = jax.process_count()
     if batch_size > len(examples):
         raise InputError(
-            f"--batch-size {batch_size} is larger than the {len(examples)} training examples: "
-            f"lower it to {len(examples)} or less"
+            f"--train.batch-size {batch_size} is larger than the {len(examples)} training "
+            f"examples: lower it to {len(examples)} or less"
         )
     dataset = (
         grain.MapDataset.range(len(examples))

@@ -33,25 +33,39 @@ PART_SIZE = 128
 
 @dataclasses.dataclass(frozen=True)
 class SASRecConfig:
-    """Architecture, optimizer and budget; the early stop depends on the seed and nothing else."""
+    """Architecture, optimizer and budget. Without `time_budget_s` no clock decides anything."""
 
-    d_model: int = 64
+    d_model: int = 128
     layers: int = 2
     heads: int = 2
     max_length: int = 50  # places in a row; a longer history keeps its last items
-    dropout: float = 0.2  # of embeddings, attention weights and block outputs
-    learning_rate: float = 1e-3
+    dropout: float = 0.5  # of embeddings, attention weights and block outputs
+    learning_rate: float = 3e-3
     weight_decay: float = 0.0
-    batch_size: int = 32  # packed rows a step
+    batch_size: int = 16  # packed rows a step
     max_epochs: int = 50
     patience: int = 3  # epochs without a better validation NDCG@10 before the stop
     time_budget_s: float | None = None  # no epoch begins that would likely end after it
     seed: int = 0
 
 
+def default_config(train_end: np.ndarray, **changes) -> SASRecConfig:
+    """The defaults for a data set, with `changes` to single fields.
+
+    Where users are long (50 training actions or more in the mean), dropout is 0.2 instead of 0.5,
+    as in the paper's experiments, and the model half as wide: on MovieLens latest-small validation
+    told widths 64 and 128 apart by less than its noise.
+
+    Args:
+        train_end: int32 [U], actions in each user's training part.
+    """
+    long_users = {"dropout": 0.2, "d_model": 64} if train_end.mean() >= 50 else {}
+    return SASRecConfig(**{**long_users, **changes})
+
+
 @dataclasses.dataclass(frozen=True)
 class SASRecResult:
-    """The parameters of the best validation epoch, and how the run went."""
+    """The parameters of the best validation epoch and how the run went."""
 
     params: dict
     score: ScoreFn
@@ -97,7 +111,11 @@ class SASRec(nn.Module):
         for i in range(cfg.layers):
             h = nn.LayerNorm(name=f"attention_norm_{i}")(x)
             h = nn.MultiHeadDotProductAttention(
-                cfg.heads, dropout_rate=cfg.dropout, deterministic=not train, name=f"attention_{i}"
+                cfg.heads,
+                dropout_rate=cfg.dropout,
+                broadcast_dropout=False,  # else one mask serves all rows and heads
+                deterministic=not train,
+                name=f"attention_{i}",
             )(h, mask=mask_btt[:, None])
             x = x + drop(h)
             h = nn.LayerNorm(name=f"ffn_norm_{i}")(x)
@@ -116,13 +134,15 @@ def full_softmax_loss(
 ) -> jax.Array:
     """Mean of -log softmax(hidden @ table^T)[target] over the predictions of weight 1.
 
-    Predictions are taken in parts of `part_size`. Each part yields its loss and its gradients while
-    its logits are at hand: none are kept and none are computed twice.
+    At least one must have weight 1; padding has weight 0. Predictions are taken in parts of
+    `part_size`. Each part yields its loss and its gradients while its logits are at hand, so that
+    none are kept and none are computed twice. No gradient flows to targets or weights.
     """
     return _loss_and_grads(hidden_pd, table_id, targets_p, weights_p, part_size)[0]
 
 
 def _loss_and_grads(hidden_pd, table_id, targets_p, weights_p, part_size):
+    """Loss [], gradient of hidden states [P, D], gradient of the table [I, D]."""
     num_predictions = len(targets_p)
     num_parts = -(-num_predictions // part_size)
 
@@ -217,7 +237,7 @@ def _encode(model: SASRec, params: dict, items_bt: jax.Array, segments_bt: jax.A
 
 
 @jax.jit
-def _scores(params: dict, hidden_ud: jax.Array) -> jax.Array:
+def _item_scores(params: dict, hidden_ud: jax.Array) -> jax.Array:
     return hidden_ud @ params["item"]["embedding"].T
 
 
@@ -245,9 +265,40 @@ def make_score_fn(model: SASRec, params: dict) -> ScoreFn:
         ).reshape(-1, cfg.d_model)
         last = np.zeros((len(kept), cfg.d_model), np.float32)
         last[known] = hidden[places[ends[known] - 1]]
-        return _scores(params, last)
+        return _item_scores(params, last)
 
     return score
+
+
+def _optimizer(cfg: SASRecConfig) -> optax.GradientTransformation:
+    return optax.adamw(cfg.learning_rate, b2=0.98, weight_decay=cfg.weight_decay)
+
+
+@jax.jit(static_argnames="model", donate_argnames="state")
+def _train_step(
+    model: SASRec,
+    state: tuple,
+    items_bt: jax.Array,
+    segments_bt: jax.Array,
+    targets_bt: jax.Array,
+    dropout_key: jax.Array,
+) -> tuple[tuple, jax.Array]:
+    """One step on packed rows: state (parameters, optimizer state, step), next state and loss."""
+    params, opt_state, step = state
+    rngs = {"dropout": jax.random.fold_in(dropout_key, step)}
+
+    def loss_fn(params):
+        hidden_btd = model.apply({"params": params}, items_bt, segments_bt, train=True, rngs=rngs)
+        return full_softmax_loss(
+            hidden_btd.reshape(-1, hidden_btd.shape[-1]),
+            params["item"]["embedding"],
+            targets_bt.reshape(-1),
+            (segments_bt > 0).reshape(-1).astype(jnp.float32),
+        )
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = _optimizer(model.cfg).update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state, step + 1), loss
 
 
 def fit_sasrec(
@@ -279,34 +330,10 @@ def fit_sasrec(
         raise ValueError("SASRec needs users with two training actions and a validation target")
     order = tie_order(item_popularity(offsets, item_rows, train_end, num_items))
     model = SASRec(config, num_items)
-    optimizer = optax.adamw(config.learning_rate, b2=0.98, weight_decay=config.weight_decay)
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
     blank = jnp.zeros((config.batch_size, config.max_length), jnp.int32)
     params = jax.jit(model.init)(init_key, blank, blank)["params"]
-    state = (params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    @jax.jit(donate_argnums=0)
-    def train_step(state, items_bt, segments_bt, targets_bt):
-        params, opt_state, step = state
-
-        def loss_fn(params):
-            hidden_btd = model.apply(
-                {"params": params},
-                items_bt,
-                segments_bt,
-                train=True,
-                rngs={"dropout": jax.random.fold_in(dropout_key, step)},
-            )
-            return full_softmax_loss(
-                hidden_btd.reshape(-1, config.d_model),
-                params["item"]["embedding"],
-                targets_bt.reshape(-1),
-                (segments_bt > 0).reshape(-1).astype(jnp.float32),
-            )
-
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state, step + 1), loss
+    state = (params, _optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
     rng = np.random.default_rng(config.seed)
     history: list[dict[str, float]] = []
@@ -324,7 +351,9 @@ def fit_sasrec(
         windows = _grid(places, segments, shape)
         losses = []
         for step in range(num_steps):
-            state, loss = train_step(state, items[step], windows[step], targets[step])
+            state, loss = _train_step(
+                model, state, items[step], windows[step], targets[step], dropout_key
+            )
             losses.append(loss)
 
         params = state[0]
@@ -340,8 +369,8 @@ def fit_sasrec(
         if epoch - best_epoch >= config.patience:
             stopped_by = "patience"
             break
-        over = now - began + (now - epoch_began)
-        if config.time_budget_s is not None and over > config.time_budget_s:
+        next_end = now + (now - epoch_began)
+        if config.time_budget_s is not None and next_end - began > config.time_budget_s:
             stopped_by = "time_budget"
             break
     return SASRecResult(

@@ -95,3 +95,41 @@ def encode(x_nd, codebooks_lkd) -> tuple[np.ndarray, np.ndarray]:
         codes.append(np.asarray(index))
         residual = residual - centres[index]
     return np.stack(codes, axis=1), np.asarray(x - residual)
+
+
+def spread_last_level(x_nd, codes_nl, codebooks_lkd, priority_n) -> np.ndarray:
+    """Gives items that share an ID the nearest free codes of the last level.
+
+    The prefix stays, so items keep their neighbourhood; only the finest distinction moves to the
+    next nearest centre. Within a prefix items choose in order of `priority_n`, so the first of a
+    colliding group keeps the nearest centre. A prefix with more items than codes keeps some
+    collisions: all its codes are then taken, and the rest stay where they were.
+
+    Args:
+      x_nd: float32 `[N, D]`, the vectors that were coded.
+      codes_nl: int32 `[N, levels]`, from `encode`.
+      priority_n: `[N]`, lower chooses first; popular items should come first.
+
+    Returns:
+      Codes int32 `[N, levels]`.
+    """
+    codes = codes_nl.copy()
+    prefixes, group_n = np.unique(codes[:, :-1], axis=0, return_inverse=True)
+    order = np.lexsort((priority_n, group_n.reshape(-1)))
+    bounds = np.searchsorted(group_n.reshape(-1)[order], np.arange(len(prefixes) + 1))
+    last = codebooks_lkd[-1]
+    for group in range(len(prefixes)):
+        rows = order[bounds[group] : bounds[group + 1]]
+        if len(np.unique(codes[rows, -1])) == len(rows):
+            continue
+        base = sum(codebooks_lkd[i][prefixes[group, i]] for i in range(len(codebooks_lkd) - 1))
+        residual = x_nd[rows] - base
+        distance = (last**2).sum(-1) - 2 * residual @ last.T
+        free = np.ones(len(last), bool)
+        for row, nearest_codes in zip(rows, np.argsort(distance, axis=1), strict=True):
+            choice = nearest_codes[free[nearest_codes]]
+            if not len(choice):
+                break
+            codes[row, -1] = choice[0]
+            free[choice[0]] = False
+    return codes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 
@@ -38,6 +39,12 @@ class SemanticIds:
     @property
     def codebook_size(self) -> int:
         return self.codebooks.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any code."""
+        table = np.ascontiguousarray(self.sids, "<i4")
+        return hashlib.sha256(f"{self.codebook_size}".encode() + table.tobytes()).hexdigest()[:16]
 
     @functools.cached_property
     def _unique(self):

@@ -8,8 +8,8 @@ from sklearn.preprocessing import normalize
 from onerec_jax.errors import InputError
 
 
-def tfidf_vectors(texts, fit_rows, *, dim=128, seed=0) -> np.ndarray:
-    """TF-IDF of words and word pairs, reduced by truncated SVD, unit length.
+def tfidf_vectors(texts, fit_rows, *, dim=256, seed=0) -> np.ndarray:
+    """TF-IDF of words, reduced by truncated SVD, unit length.
 
     Args:
       texts: text of every item.
@@ -24,7 +24,7 @@ def tfidf_vectors(texts, fit_rows, *, dim=128, seed=0) -> np.ndarray:
     """
     texts = [text or "" for text in texts]
     fit_texts = [texts[i] for i in fit_rows]
-    tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2, max_features=200_000)
+    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=200_000)
     try:
         counts = tfidf.fit_transform(fit_texts)
     except ValueError as error:

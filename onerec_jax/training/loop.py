@@ -31,13 +31,15 @@ class LoopConfig:
 
 
 @dataclasses.dataclass
-class EarlyStopping:
-    """Best validation so far; part of every checkpoint."""
+class Progress:
+    """Best validation so far and time spent; part of every checkpoint."""
 
     best_score: float = float("-inf")
     best_step: int = 0
     waited: int = 0
     """Validations since the best."""
+    seconds: float = 0.0
+    """Wall time of all sessions of the run, validation included."""
 
     def update(self, step: int, score: float) -> bool:
         """Takes a validation; True if it is the best."""
@@ -86,7 +88,7 @@ def fit(
     seed: int,
     validate: Callable[[dict[str, Any]], dict[str, float]],
     say: Callable[[str], None] = print,
-) -> tuple[TrainState, EarlyStopping]:
+) -> tuple[TrainState, Progress]:
     """Trains until the last step or until validation stops rising; resumes by itself.
 
     Every `validate_every` steps and at the end the model is validated and everything is saved
@@ -101,16 +103,17 @@ def fit(
       Interrupted: after Ctrl-C or SIGTERM, everything saved.
       NonFiniteLoss: names the step and the last good checkpoint.
     """
-    stopping = EarlyStopping()
+    progress = Progress()
     if checkpoints.latest is None:
         state = trainer.init(seed)
     else:
         state = checkpoints.restore(trainer.abstract_state, iterator)
-        stopping = EarlyStopping(**checkpoints.load_note()["early_stopping"])
+        progress = Progress(**checkpoints.load_note()["progress"])
         say(f"resuming at step {int(state.step)}")
     step = int(state.step)
     metrics_log.cut_after(step)
     pending: list[dict] = []
+    start, earlier = time.perf_counter(), progress.seconds
     clock = _Clock(step)
 
     def flush():
@@ -131,11 +134,12 @@ def fit(
         say(_progress_line(step, cfg, row, clock))
 
     def save(score):
-        note = {"early_stopping": dataclasses.asdict(stopping)}
+        progress.seconds = earlier + time.perf_counter() - start
+        note = {"progress": dataclasses.asdict(progress)}
         checkpoints.save(state, iterator, note=note, score=score)
 
     def finished():
-        return step >= cfg.steps or (cfg.patience and stopping.waited >= cfg.patience)
+        return step >= cfg.steps or (cfg.patience and progress.waited >= cfg.patience)
 
     with _StopSignal() as stop:
         while not finished():
@@ -150,16 +154,16 @@ def fit(
             if validating:
                 with clock.paused():
                     result = validate(state.variables)
-                    better = stopping.update(step, result["score"])
+                    better = progress.update(step, result["score"])
                     metrics_log.write({"step": step, "validation": True, **result})
-                    say(_validation_line(step, result, better, stopping, cfg))
+                    say(_validation_line(step, result, better, progress, cfg))
                     save(result["score"])
             if stop.received:
                 if not validating:
                     # Never the best: an unvalidated step must not be served.
                     save(float("-inf"))
                 raise Interrupted(f"{stop.received}: saved step {step}")
-    return state, stopping
+    return state, progress
 
 
 class _Clock:
@@ -202,11 +206,11 @@ def _progress_line(step, cfg, row, clock) -> str:
     return line + (f"  left {_minutes(left)}" if left == left else "")
 
 
-def _validation_line(step, result, better, stopping, cfg) -> str:
+def _validation_line(step, result, better, progress, cfg) -> str:
     values = "  ".join(f"{name} {value:.4f}" for name, value in result.items() if name != "score")
-    note = "best so far" if better else f"best at step {stopping.best_step}"
+    note = "best so far" if better else f"best at step {progress.best_step}"
     if not better and cfg.patience:
-        note += f", waited {stopping.waited} of {cfg.patience}"
+        note += f", waited {progress.waited} of {cfg.patience}"
     return f"  validation at {step}: {values}  ({note})"
 
 

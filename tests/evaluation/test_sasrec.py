@@ -1,5 +1,7 @@
 """SASRec: what attention may see, the loss against NumPy, learning, and the stop."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from onerec_jax.evaluation.ranking import ranking_metrics
 from onerec_jax.evaluation.sasrec import (
     SASRec,
     SASRecConfig,
+    default_config,
     fit_sasrec,
     full_softmax_loss,
     make_score_fn,
@@ -19,7 +22,7 @@ from onerec_jax.evaluation.sasrec import (
 
 ITEMS = 10
 TINY = SASRecConfig(
-    d_model=8, max_length=6, batch_size=4, dropout=0.0, learning_rate=1e-2, max_epochs=2
+    d_model=8, layers=1, max_length=6, batch_size=4, dropout=0.0, learning_rate=1e-2, max_epochs=2
 )
 
 
@@ -108,7 +111,7 @@ def cycles(users=30, length=9):
 
 def fit_cycles(**changes):
     offsets, rows, train_end, valid_at, _ = cycles()
-    config = SASRecConfig(**{**TINY.__dict__, **changes})
+    config = dataclasses.replace(TINY, **changes)
     return fit_sasrec(offsets, rows, train_end, valid_at, ITEMS, config)
 
 
@@ -124,20 +127,26 @@ def test_learns_a_cycle_and_stops_by_patience():
 
 
 def test_same_seed_same_model():
-    first, again, other = fit_cycles(dropout=0.3), fit_cycles(dropout=0.3), fit_cycles(seed=1)
+    first, again = fit_cycles(dropout=0.1), fit_cycles(dropout=0.1)
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
-    assert first.history[-1]["loss"] == again.history[-1]["loss"] != other.history[-1]["loss"]
+    assert first.history[-1]["loss"] == again.history[-1]["loss"]
     assert first.stopped_by == "max_epochs"
 
 
 def test_a_spent_time_budget_still_gives_one_epoch():
     seen = []
     offsets, rows, train_end, valid_at, _ = cycles()
-    config = SASRecConfig(**{**TINY.__dict__, "time_budget_s": 0.0})
+    config = dataclasses.replace(TINY, time_budget_s=0.0)
     result = fit_sasrec(offsets, rows, train_end, valid_at, ITEMS, config, on_epoch=seen.append)
     assert (result.epochs, result.best_epoch, result.stopped_by) == (1, 1, "time_budget")
     assert result.still_rising
     assert seen == result.history
+
+
+def test_long_users_get_less_dropout():
+    assert default_config(np.array([3, 9])) == SASRecConfig()
+    long = default_config(np.array([40, 90]), seed=7)
+    assert long == SASRecConfig(dropout=0.2, d_model=64, seed=7)
 
 
 def test_nothing_to_learn_from_is_refused():

@@ -1,0 +1,320 @@
+"""Pretrain OneRec: `python -m experiments.pretrain`.
+
+Without flags: MovieLens latest-small, semantic IDs from titles and genres, the `tiny` preset, a
+test beside three baselines, and recommendations in words. A killed or interrupted run goes on when
+the same command is given again; a finished one is shown.
+
+    python -m experiments.pretrain --data runs/data/beauty --vectors vectors.npy --preset v1-0.015b
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from experiments import evaluate, recommend, tokenize
+from experiments.prepare import PrepareConfig, prepare
+from onerec_jax import cli
+from onerec_jax.config import PRESETS, ModelConfig
+from onerec_jax.data.features import build_feature_spec
+from onerec_jax.data.pipeline import Examples, target_examples, train_examples, train_pipeline
+from onerec_jax.data.schema import Dataset, load_dataset
+from onerec_jax.data.splits import make_split
+from onerec_jax.errors import InputError
+from onerec_jax.evaluation.ranking import ranking_metrics
+from onerec_jax.files import file_hash
+from onerec_jax.inputs import PositiveRule
+from onerec_jax.models.onerec import OneRec
+from onerec_jax.run import Run, settings_hash
+from onerec_jax.sharding import check_mesh, make_mesh
+from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.tokenizer.semantic_ids import SemanticIds
+from onerec_jax.training.flops import count_parameters, forward_flops, nominal_inputs
+from onerec_jax.training.loop import Interrupted, LoopConfig, fit
+from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
+from onerec_jax.training.step import Trainer
+
+# ------------------------------------------------------------------------------------- settings
+
+RUNS = pathlib.Path("runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh."""
+
+    data: int = 0
+    """Users are split over data x expert; 0 takes all devices that `expert` leaves."""
+    expert: int = 1
+    """Experts are split over these devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain OneRec on a data set, test it and show recommendations."""
+
+    preset: str = "tiny"
+    """Model sizes to start from; --model flags change single fields."""
+    data: pathlib.Path | None = None
+    """Data set folder from experiments.prepare; default: MovieLens latest-small."""
+    semantic_ids: pathlib.Path | None = None
+    """Folder from experiments.tokenize; default: made with the --tokenizer flags."""
+    vectors: pathlib.Path | None = None
+    """Item vectors for the semantic IDs, .npy [items, D]; default: from the item text."""
+    run: pathlib.Path | None = None
+    """Run folder; default: runs/DATA-PRESET-HASH, one for each set of flags."""
+    seed: int = 0
+    model: ModelConfig = PRESETS["tiny"]
+    train: LoopConfig = LoopConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    positive: PositiveRule = PositiveRule()
+    evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
+    validate_users: int = 2000
+    """Users in each validation, drawn once by the seed; 0 = all."""
+    validate_beam_width: int = 20
+    mesh: MeshConfig = MeshConfig()
+    deterministic: bool = False
+    """On a GPU: the same bits every time, by slower kernels."""
+    describe: bool = False
+    """Print parameters and FLOPs by part, and stop."""
+
+
+def settings(config: PretrainConfig) -> dict:
+    """All that the result depends on, as JSON; the mesh may change between sessions."""
+    values = dataclasses.asdict(config)
+    for name in ("run", "mesh", "describe", "evaluation", "data", "semantic_ids", "vectors"):
+        del values[name]
+    return json.loads(json.dumps(values))
+
+
+# --------------------------------------------------------------------------------------- stages
+
+
+def find_data(config: PretrainConfig) -> pathlib.Path:
+    """The data set folder; MovieLens is prepared if none is named and it is not there yet."""
+    if config.data is not None:
+        return config.data
+    folder = RUNS / "data" / "movielens"
+    if not folder.exists():
+        print("preparing MovieLens latest-small")
+        prepare(PrepareConfig(source="movielens", out=folder))
+    return folder
+
+
+def find_semantic_ids(config: PretrainConfig, dataset: Dataset) -> pathlib.Path:
+    """The folder of semantic IDs; made if none is named and these settings have none yet."""
+    if config.semantic_ids is not None:
+        if config.vectors is not None:
+            raise InputError("--vectors makes semantic IDs, --semantic-ids names them: give one")
+        return config.semantic_ids
+    key = {
+        "tokenizer": dataclasses.asdict(config.tokenizer),
+        "data": dataset.fingerprint,
+        "vectors": config.vectors and file_hash(config.vectors),
+    }
+    folder = RUNS / "semantic_ids" / f"{dataset.name}-{settings_hash(key)}"
+    if not folder.exists():
+        print(f"making semantic IDs for {dataset.num_items:,} items")
+        ids = tokenize.tokenize(dataset, config.tokenizer, config.vectors)
+        ids.save(folder)
+        tokenize.show(ids)
+    return folder
+
+
+def open_run(config: PretrainConfig, data_folder, ids_folder, dataset, ids):
+    """Creates or continues the run folder."""
+    if ids.manifest["dataset_fingerprint"] != dataset.fingerprint:
+        raise InputError(
+            f"--semantic-ids {ids_folder} were made for another data set than {data_folder}: "
+            "run experiments.tokenize on it"
+        )
+    values = settings(config)
+    key = values | {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
+    name = f"{dataset.name}-{config.preset}-{settings_hash(key)}"
+    return Run.create(
+        config.run or RUNS / name,
+        settings=values,
+        command=" ".join(["python -m experiments.pretrain", *sys.argv[1:]]),
+        data_folder=data_folder,
+        ids_folder=ids_folder,
+        dataset=dataset,
+        ids=ids,
+        spec=build_feature_spec(dataset, make_split(dataset), ids, config.positive),
+    )
+
+
+def make_validation(config: PretrainConfig, run, mesh):
+    """Validation on a fixed sample of users: NTP loss and item metrics by beam search."""
+    examples = target_examples(run.split.valid_at)
+    if not len(examples):
+        raise InputError(f"data set '{run.dataset.name}' has no validation target: split it anew")
+    if 0 < config.validate_users < len(examples):
+        rng = np.random.default_rng(config.seed)
+        chosen = np.sort(rng.choice(len(examples), config.validate_users, replace=False))
+        examples = Examples(examples.user[chosen], examples.position[chosen])
+    generator = run.generator(
+        mesh, beam_width=config.validate_beam_width, batch_size=config.evaluation.batch_size
+    )
+
+    def validate(variables) -> dict[str, float]:
+        loss = generator.loss(variables, run.builder, examples).sum(-1).mean()
+        found = generator.rank(variables, run.builder, examples)
+        metrics = {k: float(v.mean()) for k, v in ranking_metrics(found.item_ranks).items()}
+        return {"loss": float(loss), **metrics, "score": metrics["ndcg@10"]}
+
+    return validate
+
+
+def train(config: PretrainConfig, run, mesh):
+    """Trains to the end or to the early stop, from the latest checkpoint if there is one."""
+    examples = train_examples(run.split)
+    iterator = train_pipeline(
+        run.builder, examples, batch_size=config.train.batch_size, seed=config.seed
+    )
+    one = run.builder(examples.user[:1], examples.position[:1])
+    trainer = Trainer(
+        run.model(train=True),
+        make_optimizer(config.optimizer, config.train.steps),
+        mesh,
+        one,
+        seed=config.seed,
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(trainer.abstract_state.params))
+    print(
+        f"training {config.preset}, {parameters:,} parameters, on {len(examples):,} examples, "
+        f"mesh data {mesh.shape['data']} x expert {mesh.shape['expert']}, in {run.folder}"
+    )
+    return fit(
+        trainer,
+        iterator,
+        run.checkpoints,
+        run.metrics,
+        config.train,
+        seed=config.seed,
+        validate=make_validation(config, run, mesh),
+    )
+
+
+def finished_report(run: Run, config: PretrainConfig) -> dict | None:
+    """The run's report, if it has one of these evaluation settings."""
+    path = run.folder / "report.json"
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text())
+    return report if report["evaluation"] == dataclasses.asdict(config.evaluation) else None
+
+
+def show_recommendations(run, users: int = 3, n: int = 5) -> None:
+    """A few users of the test part: what they did, what the model says, what came."""
+    examples = target_examples(run.split.test_at)
+    rng = np.random.default_rng(0)
+    for i in rng.choice(len(examples), min(users, len(examples)), replace=False):
+        user, position = int(examples.user[i]), int(examples.position[i])
+        config = recommend.RecommendConfig(run=run.folder, n=n)
+        first = run.dataset.offsets[user]
+        history = run.dataset.item_rows[first : first + position]
+        print(f"\nuser {run.dataset.users['user_id'][user]}")
+        found = recommend.recommend(run, run.builder, user, position, config)
+        recommend.show(run, history, *found)
+        target = run.dataset.item_rows[first + position]
+        print(f"what came next: {recommend.describe(run, target)[1]}")
+
+
+def describe_model(config: PretrainConfig) -> None:
+    """Prints parameters and FLOPs by part; allocates nothing."""
+    spec, batch = nominal_inputs(config.model, config.tokenizer)
+    model = OneRec(config.model, spec)
+    params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    parameters, flops = count_parameters(params), forward_flops(config.model, spec)
+    table = rich.table.Table(
+        title=f"{config.preset}: {sum(parameters.values()):,} parameters, "
+        f"{3 * sum(flops.values()) / 1e9:,.3f} GFLOP a training example"
+    )
+    for name in ("part", "parameters", "forward MFLOP an example"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for part in sorted(parameters | flops):
+        count, work = parameters.get(part), flops.get(part)
+        table.add_row(
+            part,
+            "" if count is None else f"{count:,}",
+            "" if work is None else f"{work / 1e6:,.2f}",
+        )
+    rich.console.Console().print(table)
+    print(
+        f"{spec.levels} x {spec.codebook_size} codes, all seven interaction features; "
+        "embedding tables of a data set (items, authors, tags, users) apart"
+    )
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def main(config: PretrainConfig) -> None:
+    """Data, semantic IDs, training, test, recommendations."""
+    if config.describe:
+        return describe_model(config)
+    if config.deterministic:
+        # Read once, when the backend starts: nothing above may have touched a device.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    check_mesh(mesh, batch_size=config.train.batch_size, num_experts=config.model.num_experts)
+    seconds, start = {}, time.perf_counter()
+    data_folder = find_data(config)
+    dataset = load_dataset(data_folder)
+    seconds["prepare"] = time.perf_counter() - start
+    start = time.perf_counter()
+    ids_folder = find_semantic_ids(config, dataset)
+    ids = SemanticIds.load(ids_folder)
+    seconds["tokenize"] = time.perf_counter() - start
+    run = open_run(config, data_folder, ids_folder, dataset, ids)
+
+    result = finished_report(run, config)
+    if result is not None:
+        print(f"{run.folder} is finished: showing its report")
+    else:
+        try:
+            _, progress = train(config, run, mesh)
+        except Interrupted as interrupted:
+            print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
+            raise SystemExit(130) from None
+        seconds["train"] = progress.seconds
+        result = evaluate.evaluate_run(run, config.evaluation, seconds)
+    evaluate.show(result)
+    show_recommendations(run)
+    print(f"\neverything lies in {run.folder}: report.md, report.json, plots, checkpoints")
+    print(f"more: python -m experiments.recommend {run.folder} --user ID")
+
+
+def preset_of(argv: list[str]) -> str:
+    """The value of --preset, needed before the other flags get their defaults."""
+    for i, flag in enumerate(argv):
+        if flag.startswith("--preset="):
+            return flag.partition("=")[2]
+        if flag == "--preset" and i + 1 < len(argv):
+            return argv[i + 1]
+    return "tiny"
+
+
+def run_command(argv: list[str] | None = None) -> None:
+    """The command line; `argv` replaces the process's own flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    preset = preset_of(argv)
+    if preset not in PRESETS:
+        print(f"error: --preset {preset}: choose one of {', '.join(PRESETS)}", file=sys.stderr)
+        raise SystemExit(2)
+    default = PretrainConfig(preset=preset, model=PRESETS[preset])
+    cli.run(main, PretrainConfig, prog="python -m experiments.pretrain", default=default, argv=argv)
+
+
+if __name__ == "__main__":
+    run_command()

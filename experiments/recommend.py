@@ -1,0 +1,106 @@
+"""Recommendations in words: `python -m experiments.recommend RUN --user 42`."""
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+import numpy as np
+import rich.console
+import rich.table
+import tyro
+
+from onerec_jax import cli
+from onerec_jax.data.pipeline import BatchBuilder, Examples, log_from_histories
+from onerec_jax.errors import InputError
+from onerec_jax.generation.generator import expand_leaves
+from onerec_jax.run import Run
+from onerec_jax.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class RecommendConfig:
+    """Recommend items to one user of a finished run."""
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Run folder."""
+    user: str | None = None
+    """User id of the data set; the whole log of the user is the history."""
+    history: str | None = None
+    """Item ids, oldest first, separated by commas: a history of your own."""
+    n: int = 10
+    """Items to return."""
+    beam_width: int = 64
+    include_seen: bool = False
+    """Recommend items of the history too."""
+
+
+def row_of(values, wanted: str, what: str, flag: str) -> int:
+    """Row of an id, whatever its type in the table."""
+    found = np.flatnonzero(values.cast(str).to_numpy() == wanted.strip())
+    if not len(found):
+        raise InputError(f"{flag}: the data set has no {what} '{wanted.strip()}'")
+    return int(found[0])
+
+
+def recommend(run: Run, builder: BatchBuilder, user: int, position: int, config: RecommendConfig):
+    """Item rows and log-probabilities of their IDs, best first.
+
+    The history is the first `position` actions of `user` in the builder's log.
+    """
+    if min(config.n, config.beam_width) < 1:
+        raise InputError(f"--n {config.n} and --beam-width {config.beam_width} must be positive")
+    first = builder.log.offsets[user]
+    history = builder.log.item[first : first + position]
+    seen = np.empty(0, np.int32) if config.include_seen else history
+    generator = run.generator(make_mesh(data=1), beam_width=config.beam_width, batch_size=1)
+    example = Examples(np.array([user], np.int32), np.array([position], np.int32))
+    (beams,) = generator.beams(run.load_best(), builder, example)
+    items = expand_leaves(beams.leaf, generator.offsets, generator.items, config.n + len(seen))[0]
+    items = items[(items >= 0) & ~np.isin(items, seen)][: config.n]
+    logp = dict(zip(beams.leaf[0].tolist(), beams.logp[0].tolist(), strict=True))
+    return items, [logp[int(run.ids.leaf_of_item[item])] for item in items]
+
+
+def describe(run: Run, row: int) -> tuple[str, str]:
+    """Id and title of an item."""
+    item = run.dataset.items.row(int(row), named=True)
+    return str(item["item_id"]), item.get("title") or f"item {item['item_id']}"
+
+
+def show(run: Run, history, items, logp) -> None:
+    """Print the latest actions and the recommendations."""
+    console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
+    latest = [describe(run, row)[1] for row in history[-5:]]
+    console.print(f"latest of {len(history)}: " + " | ".join(latest))
+    table = rich.table.Table()
+    for name in ("", "item", "id", "semantic ID", "log P"):
+        table.add_column(name, justify="right" if name in ("", "log P") else "left")
+    for place, (row, value) in enumerate(zip(items, logp, strict=True)):
+        item_id, title = describe(run, row)
+        sid = "-".join(map(str, run.ids.sids[row]))
+        table.add_row(f"{place + 1}", title, item_id, sid, f"{value:.2f}")
+    console.print(table)
+
+
+def main(config: RecommendConfig) -> None:
+    """Recommend to one user."""
+    if (config.user is None) == (config.history is None):
+        raise InputError("give either --user ID or --history ID,ID,…")
+    run = Run.open(config.run)
+    if config.history is not None:
+        ids = run.dataset.items["item_id"]
+        rows = [row_of(ids, text, "item", "--history") for text in config.history.split(",")]
+        log = log_from_histories([rows], run.spec)
+        builder = BatchBuilder(log, run.builder.items, run.model_config)
+        user, position = 0, len(rows)
+    else:
+        builder = run.builder
+        user = row_of(run.dataset.users["user_id"], config.user, "user", "--user")
+        position = int(np.diff(run.dataset.offsets)[user])
+    first = builder.log.offsets[user]
+    history = builder.log.item[first : first + position]
+    show(run, history, *recommend(run, builder, user, position, config))
+
+
+if __name__ == "__main__":
+    cli.run(main, RecommendConfig, prog="python -m experiments.recommend")

@@ -1,0 +1,208 @@
+"""A run folder: what a stage left behind, and how the next one opens it.
+
+config.json       settings, and the data set and semantic IDs they were used with
+features.json     the feature specification (vocabularies)
+metrics.jsonl     one row a logged step
+checkpoints/      latest and best
+report.json/.md   results; plots beside them
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.data.features import action_log, item_features
+from onerec_jax.data.pipeline import BatchBuilder
+from onerec_jax.data.schema import Dataset, load_dataset
+from onerec_jax.data.splits import Split, item_popularity, make_split
+from onerec_jax.errors import InputError
+from onerec_jax.evaluation.ranking import tie_order
+from onerec_jax.files import write_text
+from onerec_jax.generation.generator import Generator
+from onerec_jax.inputs import FeatureSpec
+from onerec_jax.models.onerec import OneRec
+from onerec_jax.tokenizer.semantic_ids import SemanticIds
+from onerec_jax.training.checkpoint import Checkpoints
+from onerec_jax.training.metrics import MetricsLog
+
+
+def settings_hash(settings: dict) -> str:
+    """Six hex digits that name a set of settings."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """An opened run folder with its data set and semantic IDs."""
+
+    folder: pathlib.Path
+    config: dict
+    dataset: Dataset
+    ids: SemanticIds
+    spec: FeatureSpec
+
+    @classmethod
+    def create(
+        cls,
+        folder: pathlib.Path,
+        *,
+        settings: dict,
+        command: str,
+        data_folder: pathlib.Path,
+        ids_folder: pathlib.Path,
+        dataset: Dataset,
+        ids: SemanticIds,
+        spec: FeatureSpec,
+    ) -> "Run":
+        """Starts a run, or continues one that has the same settings.
+
+        Args:
+          settings: JSON; everything that the result depends on.
+
+        Raises:
+          InputError: the folder holds a run with other settings, data or semantic IDs.
+        """
+        config = {
+            "command": command,
+            "data": {"folder": str(data_folder.resolve()), "fingerprint": dataset.fingerprint},
+            "semantic_ids": {"folder": str(ids_folder.resolve()), "fingerprint": ids.fingerprint},
+            "settings": settings,
+        }
+        path = folder / "config.json"
+        if path.exists():
+            old = json.loads(path.read_text())
+            _refuse_other_settings(folder, old, json.loads(json.dumps(config)))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "features.json", spec.to_json())
+            write_text(path, json.dumps(config, indent=1))
+        return cls(folder, config, dataset, ids, spec)
+
+    @classmethod
+    def open(cls, folder: pathlib.Path) -> "Run":
+        """Opens a run that `experiments.pretrain` has made.
+
+        Raises:
+          InputError: no run there, or its data set or semantic IDs have changed since.
+        """
+        folder = pathlib.Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            spec = FeatureSpec.from_json((folder / "features.json").read_text())
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{folder} is no run folder ({error}): make one with "
+                "`python -m experiments.pretrain`"
+            ) from error
+        dataset = load_dataset(pathlib.Path(config["data"]["folder"]))
+        ids = SemanticIds.load(pathlib.Path(config["semantic_ids"]["folder"]))
+        found = {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
+        for part, fingerprint in found.items():
+            if fingerprint != config[part]["fingerprint"]:
+                raise InputError(
+                    f"{config[part]['folder']} has changed since {folder} was trained on it: "
+                    "restore it or train again"
+                )
+        return cls(folder, config, dataset, ids, spec)
+
+    @functools.cached_property
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(**self.config["settings"]["model"])
+
+    @functools.cached_property
+    def split(self) -> Split:
+        return make_split(self.dataset)
+
+    @functools.cached_property
+    def popularity(self) -> np.ndarray:
+        """Training actions on each item, int64 `[I]`."""
+        return item_popularity(self.dataset, self.split)
+
+    @functools.cached_property
+    def tie_order(self) -> np.ndarray:
+        """Order of items with equal scores: popularity, then lower row. Int32 `[I]`."""
+        return tie_order(self.popularity)
+
+    @functools.cached_property
+    def builder(self) -> BatchBuilder:
+        """Builds batches from the run's own log."""
+        log = action_log(self.dataset, self.spec)
+        return BatchBuilder(
+            log, item_features(self.dataset, self.ids, self.spec), self.model_config
+        )
+
+    def model(self, *, train: bool = False) -> OneRec:
+        return OneRec(self.model_config, self.spec, train=train)
+
+    @property
+    def metrics(self) -> MetricsLog:
+        return MetricsLog(self.folder / "metrics.jsonl")
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints")
+
+    @functools.cached_property
+    def best_step(self) -> int:
+        """Step of the best validation, the one to evaluate and serve.
+
+        Raises:
+          InputError: training has not reached its first validation.
+        """
+        latest = self.checkpoints.latest
+        progress = self.checkpoints.load_note()["progress"] if latest is not None else {}
+        if not progress.get("best_step"):
+            raise InputError(
+                f"{self.folder} has no validated checkpoint yet: run `{self.config['command']}` on"
+            )
+        return progress["best_step"]
+
+    def load_best(self) -> dict:
+        """Variables (`params`, `router`) of the best step, on the default device."""
+        one = np.zeros(1, np.int32)
+        example = self.builder(one, one)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = nn.unbox(jax.eval_shape(self.model().init, jax.random.key(0), example))
+        abstract = {
+            name: jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                abstract.get(name, {}),
+            )
+            for name in ("params", "router")
+        }
+        return self.checkpoints.restore_model(abstract, self.best_step)
+
+    def generator(self, mesh, *, beam_width: int, batch_size: int) -> Generator:
+        return Generator(
+            self.model(),
+            self.ids,
+            self.tie_order,
+            mesh,
+            beam_width=beam_width,
+            batch_size=batch_size,
+        )
+
+
+def _refuse_other_settings(folder, old: dict, new: dict) -> None:
+    """Raises InputError if two configurations differ in more than the command."""
+
+    def flat(value, name=""):
+        if isinstance(value, dict):
+            return {k: v for key in value for k, v in flat(value[key], f"{name}.{key}").items()}
+        return {name.removeprefix(".settings.").removeprefix("."): value}
+
+    before, now = flat(old | {"command": ""}), flat(new | {"command": ""})
+    for name in sorted(before | now):
+        if before.get(name) != now.get(name) and not name.endswith(".folder"):
+            raise InputError(
+                f"{folder} holds a run with other settings "
+                f"({name}: {before.get(name)} there, {now.get(name)} now): give another --run"
+            )

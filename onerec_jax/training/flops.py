@@ -1,0 +1,117 @@
+"""Parameters and useful FLOPs of a model, by part, before anything is allocated.
+
+A multiply-add counts as two FLOPs. Training is three times the forward pass. Capacity padding,
+recomputation, embedding lookups, norms and softmaxes are not counted. The numbers assume full
+histories; short ones cost the same on padded shapes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.inputs import Batch, FeatureSpec, Pathway
+from onerec_jax.tokenizer.semantic_ids import MAX_CODEBOOK
+
+
+def forward_flops(cfg: ModelConfig, spec: FeatureSpec) -> dict[str, int]:
+    """FLOPs of one example's forward pass, by part."""
+    d, f = cfg.d_model, cfg.ff_dim
+    width = (
+        d
+        + cfg.author_dim * bool(spec.num_authors)
+        + cfg.feature_dim
+        * sum(
+            map(bool, (spec.tags, spec.has_time, spec.has_playtime, spec.has_duration, spec.labels))
+        )
+    )
+    history = cfg.short_length + cfg.positive_length + cfg.lifelong_length
+    tokens, levels = cfg.encoder_length, spec.levels
+    queries = cfg.lifelong_queries * bool(cfg.lifelong_length)
+
+    pathways = history * (width * d + d * d)
+    if spec.static:
+        pathways += len(spec.static) * cfg.static_dim * d + d * d
+    qformer = cfg.lifelong_blocks * (
+        2 * cfg.lifelong_length * d * d
+        + queries * (2 * d * d + 2 * d * f)
+        + 2 * queries * cfg.lifelong_length * d
+    )
+    encoder = cfg.encoder_layers * tokens * (4 * d * d + 2 * d * f + 2 * tokens * d)
+    if cfg.num_experts:
+        feed_forward = d * cfg.num_experts + cfg.experts_per_token * 3 * d * cfg.expert_dim
+    else:
+        feed_forward = 2 * d * f
+    decoder = cfg.decoder_layers * (
+        2 * tokens * d * d  # keys and values of the encoder output
+        + levels * (4 * d * d + 2 * d * d + feed_forward + 2 * tokens * d + 2 * levels * d)
+    )
+    heads = levels * d * spec.codebook_size
+    parts = {
+        "pathways": pathways,
+        "lifelong QFormer": qformer,
+        "encoder": encoder,
+        "decoder": decoder,
+        "heads": heads,
+    }
+    return {name: 2 * macs for name, macs in parts.items()}
+
+
+def train_flops(cfg: ModelConfig, spec: FeatureSpec) -> int:
+    """FLOPs of one example's training step."""
+    return 3 * sum(forward_flops(cfg, spec).values())
+
+
+def count_parameters(params) -> dict[str, int]:
+    """Parameters by part; `params` may be abstract (`jax.eval_shape`)."""
+    parts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if names[0] in ("sid_embedding", "bos") or "features" in names:
+            part = "embeddings"
+        elif names[0] == "heads" or names[0].startswith("norm_"):
+            part = "heads"
+        elif "experts" in names:
+            part = "experts"
+        else:
+            part = names[0]
+        parts[part] = parts.get(part, 0) + leaf.size
+    return parts
+
+
+def nominal_inputs(cfg: ModelConfig, tokenizer) -> tuple[FeatureSpec, Batch]:
+    """A specification with every interaction feature, and an abstract batch of one user.
+
+    For describing a model before there is data: vocabularies that depend on a data set have size 1.
+    """
+    levels = tokenizer.levels
+    spec = FeatureSpec(
+        num_items=1,
+        levels=levels,
+        codebook_size=tokenizer.codebook_size or MAX_CODEBOOK,
+        tags=("tag",),
+        tags_per_item=1,
+        num_authors=1,
+        has_time=True,
+        has_playtime=True,
+        has_duration=True,
+        labels=("like",),
+    )
+
+    def pathway(length):
+        def ints(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        one = ints(1, length)
+        return Pathway(
+            ints(1), ints(1, length, levels), one, ints(1, length, 1), one, one, one, one,
+            jax.ShapeDtypeStruct((1, length, 1), jnp.uint8),
+        )  # fmt: skip
+
+    batch = Batch(
+        static=jax.ShapeDtypeStruct((1, 0), jnp.int32),
+        short=pathway(cfg.short_length),
+        positive=pathway(cfg.positive_length),
+        lifelong=pathway(cfg.lifelong_length),
+        target=jax.ShapeDtypeStruct((1, levels), jnp.int32),
+    )
+    return spec, batch
