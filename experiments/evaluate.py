@@ -17,6 +17,7 @@ import tyro
 
 from onerec_jax import cli
 from onerec_jax.data.pipeline import target_examples
+from onerec_jax.errors import InputError
 from onerec_jax.evaluation import ranking, report
 from onerec_jax.evaluation.baselines import evaluate_baseline, fit_markov, fit_popularity
 from onerec_jax.evaluation.sasrec import default_config, fit_sasrec
@@ -231,6 +232,10 @@ def show(result: dict) -> None:
 def main(config: EvaluateConfig) -> None:
     """Evaluate one run again, keeping the seconds of its earlier stages."""
     run = Run.open(config.run)
+    if not run.finished:
+        raise InputError(
+            f"{run.folder} is not trained to its end: run `{run.config['command']}` on"
+        )
     path = run.folder / "report.json"
     earlier = json.loads(path.read_text())["seconds"] if path.exists() else {}
     show(evaluate_run(run, config.evaluation, earlier))

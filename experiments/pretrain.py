@@ -24,7 +24,13 @@ from experiments.prepare import PrepareConfig, prepare
 from onerec_jax import cli
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.data.features import build_feature_spec
-from onerec_jax.data.pipeline import Examples, target_examples, train_examples, train_pipeline
+from onerec_jax.data.pipeline import (
+    Examples,
+    check_batch_size,
+    target_examples,
+    train_examples,
+    train_pipeline,
+)
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.errors import InputError
@@ -87,6 +93,14 @@ class PretrainConfig:
     """Print parameters and FLOPs by part, and stop."""
 
 
+DEMO = {
+    # A budget for two CPU cores: two and a half passes over MovieLens latest-small.
+    "train": LoopConfig(batch_size=64, steps=4000, log_every=200, validate_every=500),
+    "optimizer": OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
+}
+"""What the `tiny` preset changes in the training defaults, which are meant for real sizes."""
+
+
 def settings(config: PretrainConfig) -> dict:
     """All that the result depends on, as JSON; the mesh may change between sessions."""
     values = dataclasses.asdict(config)
@@ -136,6 +150,8 @@ def open_run(config: PretrainConfig, data_folder, ids_folder, dataset, ids):
             f"--semantic-ids {ids_folder} were made for another data set than {data_folder}: "
             "run experiments.tokenize on it"
         )
+    split = make_split(dataset)
+    check_batch_size(config.train.batch_size, train_examples(split))  # before a folder is made
     values = settings(config)
     key = values | {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
     name = f"{dataset.name}-{config.preset}-{settings_hash(key)}"
@@ -147,7 +163,7 @@ def open_run(config: PretrainConfig, data_folder, ids_folder, dataset, ids):
         ids_folder=ids_folder,
         dataset=dataset,
         ids=ids,
-        spec=build_feature_spec(dataset, make_split(dataset), ids, config.positive),
+        spec=build_feature_spec(dataset, split, ids, config.positive),
     )
 
 
@@ -312,7 +328,8 @@ def run_command(argv: list[str] | None = None) -> None:
     if preset not in PRESETS:
         print(f"error: --preset {preset}: choose one of {', '.join(PRESETS)}", file=sys.stderr)
         raise SystemExit(2)
-    default = PretrainConfig(preset=preset, model=PRESETS[preset])
+    changes = DEMO if preset == "tiny" else {}
+    default = PretrainConfig(preset=preset, model=PRESETS[preset], **changes)
     cli.run(main, PretrainConfig, prog="python -m experiments.pretrain", default=default, argv=argv)
 
 

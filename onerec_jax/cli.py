@@ -37,14 +37,15 @@ def run(
     flags = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in flags
     flags = [flag for flag in flags if flag != "--debug"]
-    config = tyro.cli(
-        config_type,
-        prog=prog,
-        description=f"{inspect.getdoc(config_type)}\n\nWith --debug, errors show a traceback.",
-        args=flags,
-        **({} if default is None else {"default": default}),
-    )
     try:
+        # Inside, for a config may refuse its own values.
+        config = tyro.cli(
+            config_type,
+            prog=prog,
+            description=f"{inspect.getdoc(config_type)}\n\nWith --debug, errors show a traceback.",
+            args=flags,
+            **({} if default is None else {"default": default}),
+        )
         main(config)
     except InputError as error:
         if debug:

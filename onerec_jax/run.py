@@ -96,14 +96,16 @@ class Run:
         folder = pathlib.Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text())
+            data_folder = pathlib.Path(config["data"]["folder"])
+            ids_folder = pathlib.Path(config["semantic_ids"]["folder"])
             spec = FeatureSpec.from_json((folder / "features.json").read_text())
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{folder} is no run folder ({error}): make one with "
                 "`python -m experiments.pretrain`"
             ) from error
-        dataset = load_dataset(pathlib.Path(config["data"]["folder"]))
-        ids = SemanticIds.load(pathlib.Path(config["semantic_ids"]["folder"]))
+        dataset = load_dataset(data_folder)
+        ids = SemanticIds.load(ids_folder)
         found = {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
         for part, fingerprint in found.items():
             if fingerprint != config[part]["fingerprint"]:
@@ -149,6 +151,15 @@ class Run:
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints")
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has reached its last step or stopped early."""
+        latest, loop = self.checkpoints.latest, self.config["settings"]["train"]
+        if latest is None:
+            return False
+        waited = self.checkpoints.load_note()["progress"]["waited"]
+        return latest >= loop["steps"] or 0 < loop["patience"] <= waited
 
     @functools.cached_property
     def best_step(self) -> int:

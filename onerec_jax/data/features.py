@@ -61,7 +61,11 @@ def build_feature_spec(
         ratings = dataset.interactions["rating"].filter(train_mask(dataset, split)).drop_nulls()
         values = np.unique(ratings.to_numpy())
         if len(values) <= MAX_RATING_VALUES:
-            labels += [f"rating={value:g}" for value in values]
+            # The shortest text that names this float32 and no other.
+            labels += [
+                f"rating={np.format_float_positional(np.float32(value), trim='-')}"
+                for value in values
+            ]
     tags, tags_per_item = (), 0
     if "tags" in dataset.items.columns:
         counts = dataset.items["tags"].explode().drop_nulls().value_counts(sort=True)

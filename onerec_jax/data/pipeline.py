@@ -8,14 +8,16 @@ Axes: B examples, T history slots.
 """
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.features import ActionLog, ItemFeatures, log_bucket
 from onerec_jax.data.splits import Split
 from onerec_jax.errors import InputError
-from onerec_jax.inputs import Batch, Pathway
+from onerec_jax.inputs import Batch, FeatureSpec, Pathway
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,37 +117,66 @@ class BatchBuilder:
         )
 
 
-def train_pipeline(builder: BatchBuilder, examples: Examples, *, batch_size: int, seed: int):
-    """Endless, shuffled, resumable Grain iterator over training batches of this process.
+class ShuffledBatches:
+    """Example numbers of every global batch of an endless, reshuffled stream.
 
-    Order is a function of the seed and the epoch alone. Indices are batched before they are mapped,
-    so that the assembly is vectorised and the order does not depend on the number of threads.
+    Batch k holds places k * B to (k + 1) * B - 1 of the stream; epoch e of the stream is a
+    permutation drawn from (seed, e). Order therefore depends on nothing else: not on threads, not
+    on the number of processes, not on where a run was resumed.
+    """
 
-    Args:
-      batch_size: global batch; each process gets its share.
+    def __init__(self, num_examples: int, batch_size: int, seed: int):
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self._permutation = functools.lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)
+
+    def __call__(self, batch: int) -> np.ndarray:
+        """Example numbers of one batch, int64 `[batch_size]`."""
+        place = batch * self.batch_size + np.arange(self.batch_size)
+        epoch, within = np.divmod(place, self.num_examples)
+        parts = [self._permutation(int(e))[within[epoch == e]] for e in np.unique(epoch)]
+        return np.concatenate(parts)
+
+
+def check_batch_size(batch_size: int, examples: Examples) -> None:
+    """Refuses a batch larger than the data set.
 
     Raises:
-      InputError: the batch is larger than the data set.
+      InputError: with the largest batch that fits.
     """
-    import grain
-    import jax
-
-    processes = jax.process_count()
     if batch_size > len(examples):
         raise InputError(
             f"--train.batch-size {batch_size} is larger than the {len(examples)} training "
             f"examples: lower it to {len(examples)} or less"
         )
-    dataset = (
-        grain.MapDataset.range(len(examples))
-        .seed(seed)
-        .shuffle()[jax.process_index() :: processes]
-        .repeat()
-        .batch(batch_size // processes)
-        .map(lambda index: builder(examples.user[index], examples.position[index]))
-    )
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(dataset.to_iter_dataset(options))
+
+
+def train_pipeline(builder: BatchBuilder, examples: Examples, *, batch_size: int, seed: int):
+    """Endless, shuffled, resumable Grain iterator over this process's share of training batches.
+
+    Its elements are whole batches, so that Python's cost is paid once a batch, not once an example.
+
+    Args:
+      batch_size: global batch; each process gets an equal, contiguous share.
+
+    Raises:
+      InputError: the batch is larger than the data set.
+    """
+    import grain
+
+    processes, process = jax.process_count(), jax.process_index()
+    check_batch_size(batch_size, examples)
+    batches = ShuffledBatches(len(examples), batch_size, seed)
+    share = slice(process * batch_size // processes, (process + 1) * batch_size // processes)
+
+    def assemble(batch: int) -> Batch:
+        index = batches(batch)[share]
+        return builder(examples.user[index], examples.position[index])
+
+    dataset = grain.MapDataset.range(np.iinfo(np.int32).max).map(assemble)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def padded_batches(builder: BatchBuilder, examples: Examples, batch_size: int):
@@ -159,23 +190,24 @@ def padded_batches(builder: BatchBuilder, examples: Examples, batch_size: int):
         yield builder(examples.user[full], examples.position[full]), len(index)
 
 
-def log_from_histories(histories, spec, *, static=None) -> ActionLog:
+def log_from_histories(histories, spec: FeatureSpec) -> ActionLog:
     """An `ActionLog` of bare item lists, as a caller without logs would give them.
 
     Times and labels are unknown (bucket 0, no bit set); every item counts as positive, for the
-    caller names what the user liked.
+    caller names what the user liked. An empty history is a newcomer: all pathways stay empty.
 
     Args:
       histories: item rows of each user, oldest first.
       spec: feature specification of the run.
     """
     lengths = np.array([len(items) for items in histories], np.int64)
-    item = np.concatenate([np.asarray(items, np.int32) for items in histories])
+    # A last row that belongs to nobody, so that there is a row to gather even for newcomers.
+    item = np.concatenate([*(np.asarray(items, np.int32) for items in histories), [0]])
     n = len(item)
     return ActionLog(
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         item=item.astype(np.int32),
-        positive=np.ones(n, bool),
+        positive=np.arange(n) < n - 1,
         time_s=np.full(n, np.nan) if spec.has_time else None,
         playtime=np.zeros(n, np.int32) if spec.has_playtime else None,
         label=np.zeros((n, len(spec.labels)), np.uint8) if spec.labels else None,

@@ -31,13 +31,18 @@ def rich_table(report: dict, suffix: str = ""):
     """The results as a table for the terminal."""
     import rich.table
 
-    title = f"{report['dataset']['name']}: test, mean and 95% interval over users"
+    title = f"{report['dataset']['name']}: test, mean over users and 95% interval"
     table = rich.table.Table(title=title + (", seen items excluded" if suffix else ""))
-    table.add_column("model")
-    for name in METRICS:
-        table.add_column(name, justify="right")
+    table.add_column("model", no_wrap=True)
+    for name in ("recall@10", "ndcg@10"):
+        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
     for model, result in result_rows(report, suffix):
-        table.add_row(model, *(_cell(result, name) for name in METRICS))
+        cells = []
+        for name in ("recall@10", "ndcg@10"):
+            value, _, interval = _cell(result, name).partition(" ")
+            cells += [value, f"\\{interval}"]
+        table.add_row(model, *cells)
     return table
 
 

@@ -133,7 +133,8 @@ class MoE(nn.Module):
             load = self.variable("router_stats", "load", jnp.zeros, (e,))
             dropped = self.variable("router_stats", "dropped", jnp.zeros, ())
             load.value = chosen_te.sum(0)
-            dropped.value = 1 - keep_tk.sum() / jnp.maximum(load.value.sum(), 1)
+            copies = load.value.sum()
+            dropped.value = (copies - keep_tk.sum()) / jnp.maximum(copies, 1)
         return y_td.reshape(x.shape)
 
 

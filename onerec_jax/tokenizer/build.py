@@ -38,8 +38,10 @@ def load_vectors(path: pathlib.Path, num_items: int) -> np.ndarray:
     """
     try:
         vectors = np.load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"--vectors {path}: cannot be read ({error}): give a .npy file") from error
+    if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
+        raise InputError(f"--vectors {path}: holds no array of numbers: give a .npy file")
     if vectors.ndim != 2 or len(vectors) != num_items:
         raise InputError(
             f"--vectors {path}: shape {vectors.shape}, but the data set has {num_items} items: "

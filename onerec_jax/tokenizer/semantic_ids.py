@@ -64,9 +64,11 @@ class SemanticIds:
         """Leaf of each ID, int `[..., levels]` -> int32 `[...]`; -1 where no item has it."""
         radix = self.codebook_size ** np.arange(self.levels - 1, -1, -1, dtype=np.int64)
         known = self.leaf_sids @ radix
-        key = np.asarray(sids, np.int64) @ radix
+        sids = np.asarray(sids, np.int64)
+        key = sids @ radix
         place = np.minimum(np.searchsorted(known, key), len(known) - 1)
-        legal = (known[place] == key) & (np.asarray(sids) >= 0).all(-1)
+        codes = (sids >= 0) & (sids < self.codebook_size)  # others would alias a neighbour
+        legal = (known[place] == key) & codes.all(-1)
         return np.where(legal, place, -1).astype(np.int32)
 
     def items_by_leaf(self, tie_order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +102,7 @@ class SemanticIds:
         try:
             manifest = json.loads((folder / "semantic_ids.json").read_text())
             return cls(np.load(folder / "sids.npy"), np.load(folder / "codebooks.npy"), manifest)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(
                 f"{folder} holds no semantic IDs ({error}): make them with "
                 "`python -m experiments.tokenize`"

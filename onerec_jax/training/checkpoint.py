@@ -5,6 +5,8 @@ A checkpoint holds the model (`params`, `router`), the optimizer, the data itera
 serving read the model alone. Orbax makes a step visible only once it is whole.
 """
 
+import contextlib
+import logging
 import pathlib
 from typing import Any
 
@@ -29,7 +31,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(1),
-                    policies.BestN(get_metric_fn=lambda metrics: metrics[metric], n=1),
+                    # Of equal scores the earliest, as `Progress.best_step` has it.
+                    policies.BestN(get_metric_fn=lambda m: (m[metric], -m["step"]), n=1),
                 ]
             ),
             cleanup_tmp_directories=True,  # of saves that were killed
@@ -58,13 +61,14 @@ class Checkpoints:
             },
             force=True,
             overwrite=True,
-            metrics={"score": score},
+            metrics={"score": score, "step": int(state.step)},
             custom_metadata=note,
         )
 
     def load_note(self, step: int | None = None) -> dict[str, Any]:
         """The note of a step (None: the latest)."""
-        return self._checkpointer.metadata(step).custom_metadata
+        with _quiet():
+            return self._checkpointer.metadata(step).custom_metadata
 
     def restore(self, abstract: TrainState, iterator, step: int | None = None) -> TrainState:
         """State of a step (None: the latest), onto the shardings of `abstract`; moves `iterator`.
@@ -98,9 +102,22 @@ class Checkpoints:
         self._checkpointer.close()
 
 
+@contextlib.contextmanager
+def _quiet():
+    """Orbax warns that a data iterator has no metadata; nobody has asked for it."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _check_shapes(checkpoints: Checkpoints, step, abstract_variables) -> None:
     """Orbax's own message on a mismatch names neither the leaf nor the remedy."""
-    stored = checkpoints._checkpointer.checkpointables_metadata(step).metadata["model"]
+    with _quiet():
+        stored = checkpoints._checkpointer.checkpointables_metadata(step).metadata["model"]
 
     def shapes(tree):
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -116,6 +117,14 @@ def fit(
     start, earlier = time.perf_counter(), progress.seconds
     clock = _Clock(step)
 
+    def not_finite(name, at):
+        saved = checkpoints.latest
+        return NonFiniteLoss(
+            f"{name} is not finite at step {at}: lower --optimizer.learning-rate or look at the "
+            "data; "
+            + ("no checkpoint was saved" if saved is None else f"last good one: step {saved}")
+        )
+
     def flush():
         """Writes the mean of the steps since the last row; the device is at most one row behind."""
         if not pending:
@@ -123,12 +132,7 @@ def fit(
         rows = jax.device_get(pending)
         pending.clear()
         if bad := first_non_finite(rows):
-            saved = checkpoints.latest
-            raise NonFiniteLoss(
-                f"{bad[1]} is not finite at step {step - len(rows) + 1 + bad[0]}: lower "
-                "--optimizer.learning-rate or look at the data; "
-                + ("no checkpoint was saved" if saved is None else f"last good one: step {saved}")
-            )
+            raise not_finite(bad[1], step - len(rows) + 1 + bad[0])
         row = mean_rows(rows)
         metrics_log.write({"step": step, **row})
         say(_progress_line(step, cfg, row, clock))
@@ -154,12 +158,17 @@ def fit(
             if validating:
                 with clock.paused():
                     result = validate(state.variables)
+                    # The last update may have spoilt the parameters after a finite loss.
+                    for name, value in result.items():
+                        if not math.isfinite(value):
+                            raise not_finite(f"validation {name}", step)
                     better = progress.update(step, result["score"])
                     metrics_log.write({"step": step, "validation": True, **result})
                     say(_validation_line(step, result, better, progress, cfg))
                     save(result["score"])
             if stop.received:
                 if not validating:
+                    flush()  # what is saved must have been found finite
                     # Never the best: an unvalidated step must not be served.
                     save(float("-inf"))
                 raise Interrupted(f"{stop.received}: saved step {step}")

@@ -1,0 +1,208 @@
+"""Checkpoints: bit for bit, on any mesh, only for the model they belong to."""
+
+import json
+import shutil
+
+import chex
+import grain
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from onerec_jax.errors import InputError
+from onerec_jax.sharding import make_mesh
+from onerec_jax.training.checkpoint import Checkpoints
+from onerec_jax.training.step import TrainState
+
+
+def make_state(mesh, *, step=0, seed=0, codebook=6, layers=2):
+    """A state in the shape of a real one: scanned experts over `expert`, a head, a router."""
+    rng = np.random.default_rng(seed)
+
+    def put(values, *axes):
+        return jax.device_put(values, NamedSharding(mesh, P(*axes)))
+
+    def draw(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    def weights():
+        return {
+            "decoder": {
+                "w_in": put(rng.standard_normal((layers, 8, 3), np.float32), None, "expert")
+            },
+            "heads": put(rng.standard_normal((3, 4, codebook), np.float32)),
+        }
+
+    router = {"bias": put(draw(layers, 8))}
+    moments = (weights(), put(np.int32(step)))
+    return TrainState(put(np.int32(step)), weights(), router, moments)
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def make_iterator(skip=0):
+    data = grain.MapDataset.range(50).seed(1).shuffle().repeat().batch(4)
+    iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    for _ in range(skip):
+        next(iterator)
+    return iterator
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(8, 1)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens checkpoints of `tmp_path / "c"` and closes them in the end."""
+    found = []
+
+    def open_(folder=tmp_path / "c"):
+        found.append(Checkpoints(folder))
+        return found[-1]
+
+    yield open_
+    for checkpoints in found:
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8), (1, 1)])
+def test_round_trip_bit_for_bit_on_every_mesh(opened, mesh, shape):
+    state, iterator = make_state(mesh, step=20), make_iterator(skip=7)
+    checkpoints = opened()
+    note = {"progress": {"best_step": 20, "best_score": 0.25}, "list": [1, 2]}
+    checkpoints.save(state, iterator, note=note, score=0.25)
+    following = [np.asarray(next(iterator)) for _ in range(20)]
+
+    other = make_mesh(*shape)
+    fresh, again = make_iterator(), opened()
+    restored = again.restore(abstract(make_state(other, seed=9)), fresh)
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state), strict=True)
+    assert restored.params["decoder"]["w_in"].sharding.is_equivalent_to(
+        NamedSharding(other, P(None, "expert")), 3
+    )
+    assert restored.step.sharding.mesh.shape == other.shape
+    for expected in following:
+        np.testing.assert_array_equal(next(fresh), expected)
+    assert again.load_note() == note
+    assert again.latest == 20
+
+
+def test_latest_and_best_stay(opened, mesh):
+    checkpoints = opened()
+    scores = {10: 0.1, 20: 0.5, 30: 0.3, 40: 0.4}
+    for step, score in scores.items():
+        note = {"step": step}
+        checkpoints.save(make_state(mesh, step=step), make_iterator(), note=note, score=score)
+    steps = {int(p.name) for p in checkpoints.folder.iterdir() if p.name.isdigit()}
+    assert steps == {20, 40}
+    assert checkpoints.latest == 40
+    assert checkpoints.load_note() == {"step": 40}
+    assert checkpoints.load_note(20) == {"step": 20}
+    restored = opened().restore(abstract(make_state(mesh)), make_iterator(), 20)
+    assert int(restored.step) == 20
+
+
+@pytest.mark.parametrize("low", [0.0, float("-inf")])
+def test_of_equal_scores_the_first_is_the_best(opened, mesh, low):
+    """As in `Progress`, which takes only a better score for a new best."""
+    checkpoints = opened()
+    for step, score in {10: 0.0, 20: 0.0, 30: low, 40: low}.items():
+        checkpoints.save(make_state(mesh, step=step), make_iterator(), note={}, score=score)
+    assert {int(p.name) for p in checkpoints.folder.iterdir() if p.name.isdigit()} == {10, 40}
+
+
+def test_the_same_step_can_be_saved_again(opened, mesh):
+    """A resumed run reaches steps that an interrupted one has saved."""
+    checkpoints = opened()
+    for seed in (0, 1):
+        state = make_state(mesh, step=10, seed=seed)
+        checkpoints.save(state, make_iterator(), note={"seed": seed}, score=0.1)
+    assert checkpoints.load_note() == {"seed": 1}
+    restored = checkpoints.restore(abstract(state), make_iterator())
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
+
+
+def test_restore_model_reads_only_the_model(opened, mesh):
+    state = make_state(mesh, step=10)
+    checkpoints = opened()
+    checkpoints.save(state, make_iterator(), note={}, score=0.0)
+    parts = {path.name for path in (checkpoints.folder / "10").iterdir() if path.is_dir()}
+    assert {"model", "optimizer", "data"} <= parts
+    for name in ("optimizer", "data"):
+        shutil.rmtree(checkpoints.folder / "10" / name)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state.variables
+    )
+    variables = opened().restore_model(wanted)
+    chex.assert_trees_all_equal(jax.device_get(variables), jax.device_get(state.variables))
+    assert variables["params"]["heads"].devices() == {jax.devices()[3]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "leaf", "shapes"),
+    [
+        ({"codebook": 7}, "params/heads", ("(3, 4, 6)", "(3, 4, 7)")),
+        ({"layers": 3}, "params/decoder/w_in", ("(2, 8, 3)", "(3, 8, 3)")),
+    ],
+)
+def test_another_model_or_codebook_is_refused(opened, mesh, changes, leaf, shapes):
+    checkpoints = opened()
+    checkpoints.save(make_state(mesh, step=10), make_iterator(), note={}, score=0.0)
+    other = abstract(make_state(mesh, **changes))
+    for load in (
+        lambda: checkpoints.restore(other, make_iterator()),
+        lambda: checkpoints.restore_model(other.variables),
+    ):
+        with pytest.raises(InputError) as error:
+            load()
+        for part in (leaf, *shapes, str(checkpoints.folder), "--run"):
+            assert part in str(error.value)
+
+
+@pytest.mark.parametrize("stored_has_it", [True, False])
+def test_a_missing_or_extra_leaf_is_refused(opened, mesh, stored_has_it):
+    """Such as a model with experts against one without."""
+    big, small = make_state(mesh, step=10), make_state(mesh, step=10)
+    small = small.replace(router={}, params={"heads": small.params["heads"]})
+    stored, wanted = (big, small) if stored_has_it else (small, big)
+    checkpoints = opened()
+    checkpoints.save(stored, make_iterator(), note={}, score=0.0)
+    with pytest.raises(InputError, match="params/decoder/w_in"):
+        checkpoints.restore(abstract(wanted), make_iterator())
+
+
+def test_nothing_to_restore(opened, mesh, tmp_path):
+    checkpoints = opened()
+    assert checkpoints.latest is None
+    with pytest.raises(InputError, match="no checkpoint"):
+        checkpoints.restore_model(abstract(make_state(mesh)).variables)
+
+
+def test_folders_of_killed_saves_are_cleaned(opened, mesh):
+    """Orbax writes beside the step under a name of its own and renames in the end."""
+    state, folder = make_state(mesh, step=10), opened().folder
+    opened(folder).save(state, make_iterator(), note={"step": 10}, score=0.0)
+    shutil.copytree(folder / "10", folder / "20.orbax-checkpoint-tmp")
+    (folder / "20.orbax-checkpoint-tmp" / "commit_success.txt").unlink(missing_ok=True)
+    again = opened()
+    assert again.latest == 10
+    restored = again.restore(abstract(state), make_iterator())
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
+    again.save(make_state(mesh, step=20), make_iterator(), note={}, score=1.0)
+    assert {path.name for path in folder.iterdir()} == {"20"}
+
+
+def test_note_is_plain_json(opened, mesh):
+    checkpoints = opened()
+    note = {"progress": {"best_score": float("-inf"), "best_step": 0}}
+    checkpoints.save(make_state(mesh, step=10), make_iterator(), note=note, score=float("-inf"))
+    assert json.dumps(opened().load_note()) == json.dumps(note)

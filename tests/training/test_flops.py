@@ -1,0 +1,128 @@
+"""Parameters and FLOPs: against the real parameter tree and against what XLA counts."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import pytest
+from helpers import bare_spec, full_spec, random_batch, tiny_config
+
+from onerec_jax.config import PRESETS
+from onerec_jax.models.onerec import OneRec
+from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.training.flops import (
+    count_parameters,
+    forward_flops,
+    nominal_inputs,
+    train_flops,
+)
+
+
+def parameters_of(cfg, spec):
+    batch = random_batch(cfg, spec, 2)
+    boxed = jax.eval_shape(OneRec(cfg, spec).init, jax.random.key(0), batch)
+    return nn.unbox(boxed["params"])
+
+
+@pytest.mark.parametrize("spec", [full_spec(), bare_spec()], ids=["full", "bare"])
+@pytest.mark.parametrize("num_experts", [0, 8])
+def test_parts_add_up_to_the_tree(spec, num_experts):
+    cfg = tiny_config(num_experts=num_experts)
+    params = parameters_of(cfg, spec)
+    parts = count_parameters(params)
+    assert sum(parts.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert ("experts" in parts) == bool(num_experts)
+
+
+def test_parts_by_hand():
+    """D 16, three levels of 5 codes, two decoder layers of eight experts."""
+    cfg = tiny_config()
+    parts = count_parameters(parameters_of(cfg, bare_spec()))
+    d, f, e, layers = 16, 12, 8, 2
+    assert parts["embeddings"] == 3 * 5 * d + d  # codes and BOS
+    assert parts["heads"] == 3 * (d * 5 + d)  # linear map and norm of each level
+    assert parts["experts"] == layers * (e * 3 * d * f + d * e)  # SwiGLU and router
+    assert parts["decoder"] == layers * (8 * d * d + 3 * d)  # two attentions, three norms
+    pathway = 2 * (d * d + d)  # two maps with biases
+    position = (1 + 4 + 3 + 2) * d
+    qformer = 2 * d + 4 * d * d + d + 2 * d * 24 + d + d  # queries, attention, feed-forward, norms
+    block = 4 * d * d + 2 * d * 24 + 2 * d
+    assert parts["encoder"] == 3 * pathway + position + qformer + block + d
+
+
+def dense(**changes):
+    """Sizes at which matrix products outweigh what the count leaves out; one layer of each kind,
+    for XLA counts the body of a scan once."""
+    values = {
+        "d_model": 64,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "ff_dim": 128,
+        "num_experts": 0,
+        "short_length": 24,
+        "positive_length": 16,
+        "lifelong_length": 32,
+        "lifelong_queries": 8,
+    }
+    return tiny_config(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lifelong_length": 0}, {"ff_dim": 512}, {"d_model": 128}],
+    ids=["all", "no lifelong", "wide", "large"],
+)
+def test_forward_against_the_compiler(changes):
+    """XLA also counts norms, softmaxes and activations: a little more, never less."""
+    cfg, spec, users = dense(**changes), bare_spec(codebook_size=64), 4
+    model, batch = OneRec(cfg, spec), random_batch(cfg, bare_spec(), users)
+    variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
+    # Counted before optimisation: no compiling, and no fusion hides a product.
+    cost = jax.jit(model.apply).lower(variables, batch).cost_analysis()
+    counted = sum(forward_flops(cfg, spec).values()) * users
+    assert 0.85 < counted / cost["flops"] <= 1.0
+
+
+def test_experts_by_hand():
+    """Only the chosen experts count, and the router."""
+    spec = full_spec()
+    base = tiny_config(num_experts=0)
+    d, f, levels, layers = 16, 12, 3, 2
+    for experts, top in ((8, 2), (8, 1), (4, 2)):
+        cfg = dataclasses.replace(base, num_experts=experts, experts_per_token=top)
+        moe = d * experts + top * 3 * d * f
+        extra = 2 * layers * levels * (moe - 2 * d * 24)
+        difference = sum(forward_flops(cfg, spec).values()) - sum(
+            forward_flops(base, spec).values()
+        )
+        assert difference == extra
+
+
+def test_features_and_training():
+    cfg = tiny_config()
+    parts, bare = forward_flops(cfg, full_spec()), forward_flops(cfg, bare_spec())
+    # Features widen the input of three pathway maps; static features add one pathway.
+    width = 8 + 5 * 4  # author, and tag, age, playtime, duration, label
+    static = 2 * 4 * 16 + 16 * 16
+    assert parts["pathways"] - bare["pathways"] == 2 * ((4 + 3 + 6) * width * 16 + static)
+    assert {k: v for k, v in parts.items() if k != "pathways"} == {
+        k: v for k, v in bare.items() if k != "pathways"
+    }
+    assert train_flops(cfg, full_spec()) == 3 * sum(parts.values())
+
+
+def test_published_sizes():
+    """OneRec Technical Report, Table 1: 0.121B dense, 0.935B with experts in the decoder."""
+    total, spec = {}, None
+    for name in ("v1-0.121b", "v1-0.935b"):
+        spec, batch = nominal_inputs(PRESETS[name], TokenizerConfig())
+        init = OneRec(PRESETS[name], spec).init
+        params = nn.unbox(jax.eval_shape(init, jax.random.key(0), batch)["params"])
+        parts = count_parameters(params)
+        total[name] = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert sum(parts.values()) == total[name]
+    assert spec.codebook_size == 8192
+    # Tables depend on the data; what the experts add does not.
+    assert total["v1-0.935b"] - total["v1-0.121b"] == pytest.approx(0.814e9, rel=0.01)
+    blocks = 4 * (4 + 4) * 1024**2 + 4 * (8 + 4) * 1024**2
+    assert blocks < total["v1-0.121b"] < 2 * blocks

@@ -1,0 +1,343 @@
+"""The loop around the step: validation, early stopping, saving, resuming, stopping cleanly.
+
+A toy trainer stands for the model: the parameter is a sum over the batches seen, so that any
+batch left out, seen twice or taken out of order shows in its bits.
+"""
+
+import json
+import signal
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from onerec_jax.errors import InputError
+from onerec_jax.sharding import make_mesh, replicated
+from onerec_jax.training.checkpoint import Checkpoints
+from onerec_jax.training.loop import Interrupted, LoopConfig, NonFiniteLoss, fit
+from onerec_jax.training.metrics import MetricsLog
+from onerec_jax.training.step import TrainState
+
+CFG = LoopConfig(batch_size=4, steps=12, log_every=2, validate_every=4, patience=0)
+
+
+class ToyTrainer:
+    """Same surface as `Trainer`; the loss of a step comes from `poison` if it is in there."""
+
+    def __init__(self, poison=None):
+        self.mesh = make_mesh(data=1)
+        self.poison = poison or {}
+        sharding = replicated(self.mesh)
+
+        def leaf(dtype):
+            return jax.ShapeDtypeStruct((), dtype, sharding=sharding)
+
+        self.abstract_state = TrainState(
+            leaf(jnp.int32), {"w": leaf(jnp.float32)}, {}, (leaf(jnp.float32),)
+        )
+
+    def init(self, seed):
+        value = jnp.float32(seed)
+        state = TrainState(jnp.int32(0), {"w": value}, {}, (value,))
+        return jax.device_put(state, replicated(self.mesh))
+
+    def step(self, state, batch):
+        step = int(state.step) + 1
+        w = state.params["w"] * 1.1 + jnp.sin(batch.astype(jnp.float32) * step).sum()
+        loss = self.poison.get(step, w)
+        metrics = {"loss": loss, "loss_level": jnp.stack([w, w]), "grad_norm": jnp.float32(1)}
+        return TrainState(state.step + 1, {"w": w}, {}, (w + 1,)), metrics
+
+
+class Job:
+    """One run folder and a script of validation scores."""
+
+    def __init__(self, folder, scores=(), cfg=CFG, poison=None):
+        self.folder, self.cfg, self.poison = folder, cfg, poison
+        self.scores = dict(scores) if isinstance(scores, dict) else None
+        self.list = None if isinstance(scores, dict) else list(scores)
+        self.lines, self.validated = [], []
+        folder.mkdir(exist_ok=True)
+        self.log = MetricsLog(folder / "metrics.jsonl")
+
+    def validate(self, variables):
+        step = self.seen
+        self.validated.append(step)
+        number = step // self.cfg.validate_every - 1
+        score = self.list[number] if self.list else step / 100
+        return {"loss": float(variables["params"]["w"]), "recall@10": 0.5, "score": score}
+
+    def go(self, on_batch=None, validate=None, say=None):
+        """Trains; `on_batch(step)` is called as each batch is asked for."""
+        data = grain.MapDataset.range(23).seed(3).shuffle().repeat().batch(4)
+        data = data.map(np.array)
+        self.iterator = iterator = iter(data.to_iter_dataset())
+        checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.seen = checkpoints.latest or 0
+        job = self
+
+        class Watched:
+            """Counts batches; the checkpoint gets the Grain iterator below through fit."""
+
+            def __next__(self):
+                job.seen += 1
+                if on_batch:
+                    on_batch(job.seen)
+                return next(iterator)
+
+            def __getattr__(self, name):
+                return getattr(iterator, name)
+
+        try:
+            return fit(
+                ToyTrainer(self.poison),
+                Watched(),
+                checkpoints,
+                self.log,
+                self.cfg,
+                seed=7,
+                validate=validate or self.validate,
+                say=say or self.lines.append,
+            )
+        finally:
+            checkpoints.close()
+
+    @property
+    def kept(self):
+        return {int(p.name) for p in (self.folder / "checkpoints").iterdir() if p.name.isdigit()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbs: its last state and its metrics."""
+    job = Job(tmp_path_factory.mktemp("whole"))
+    state, progress = job.go()
+    return state, progress, job
+
+
+def test_rows_lines_and_checkpoints(whole):
+    state, progress, job = whole
+    assert int(state.step) == 12
+    rows = job.log.read()
+    assert [r["step"] for r in rows if "validation" not in r] == [2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in rows if "validation" in r] == [4, 8, 12]
+    assert set(rows[0]) == {"step", "loss", "loss_level", "grad_norm"}
+    assert (progress.best_step, progress.best_score, progress.waited) == (12, 0.12, 0)
+    assert progress.seconds > 0
+    assert job.kept == {12}
+    text = "\n".join(job.lines)
+    assert "12/12" in text
+    assert "ex/s" in text
+    assert "left" in text
+
+
+def test_a_row_is_the_mean_since_the_last_row(tmp_path):
+    cfg = LoopConfig(batch_size=4, steps=5, log_every=2, validate_every=3, patience=0)
+    poison = {step: jnp.float32(step) for step in range(1, 6)}
+    job = Job(tmp_path / "r", cfg=cfg, poison=poison)
+    job.go()
+    rows = [(r["step"], r["loss"]) for r in job.log.read() if "validation" not in r]
+    # Written at every second step, before each validation (3, 5) and at the end.
+    assert rows == [(2, 1.5), (3, 3.0), (4, 4.0), (5, 5.0)]
+    assert job.validated == [3, 5]
+
+
+def test_early_stopping_and_what_is_kept(tmp_path):
+    cfg = LoopConfig(batch_size=4, steps=60, log_every=2, validate_every=4, patience=2)
+    job = Job(tmp_path / "r", [0.1, 0.3, 0.2, 0.3, 0.9], cfg)
+    state, progress = job.go()
+    assert int(state.step) == 16  # 0.3 again is not better than 0.3
+    assert (progress.best_step, progress.best_score, progress.waited) == (8, 0.3, 2)
+    assert job.kept == {8, 16}  # the best to serve, the latest to go on from
+    assert "best at step 8" in job.lines[-1]
+    before = job.log.path.read_bytes()
+    again, progress = job.go()  # finished: nothing more is trained
+    assert int(again.step) == 16
+    assert progress.best_step == 8
+    assert job.validated == [4, 8, 12, 16]
+    assert job.log.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("scores", [[0.0] * 3, [0.2, 0.1, 0.2]])
+def test_the_best_step_is_kept_on_equal_scores(tmp_path, scores):
+    """What the progress note calls best must be there to be served."""
+    job = Job(tmp_path / "r", scores)
+    _, progress = job.go()
+    assert progress.best_step == 4
+    assert job.kept == {4, 12}
+
+
+class Crash(BaseException):
+    """Nobody catches it, as nobody catches a power cut."""
+
+
+@pytest.mark.parametrize("at", [2, 11])
+def test_a_crash_repeats_what_was_not_saved(tmp_path, whole, at):
+    job = Job(tmp_path / "r")
+
+    def crash(step):
+        if step == at:
+            raise Crash
+
+    with pytest.raises(Crash):
+        job.go(on_batch=crash)
+    with job.log.path.open("a") as file:
+        file.write('{"step": 1')  # killed within a write
+    state, progress = job.go()
+    expected, best, other = whole
+    assert np.asarray(state.params["w"]) == np.asarray(expected.params["w"])
+    assert np.asarray(state.opt_state[0]) == np.asarray(expected.opt_state[0])
+    assert job.log.path.read_bytes() == other.log.path.read_bytes()
+    assert (progress.best_step, progress.best_score) == (best.best_step, best.best_score)
+    assert any("resum" in line for line in job.lines) == (at > 4)
+
+
+def test_early_stopping_survives_a_crash(tmp_path):
+    """The validations waited so far are part of the checkpoint."""
+    cfg = LoopConfig(batch_size=4, steps=60, log_every=2, validate_every=4, patience=3)
+    job = Job(tmp_path / "r", [0.5, 0.4, 0.3, 0.2, 0.1], cfg)
+
+    def crash(step):
+        if step == 14:
+            raise Crash
+
+    with pytest.raises(Crash):
+        job.go(on_batch=crash)
+    state, progress = job.go()
+    assert int(state.step) == 16
+    assert (progress.best_step, progress.waited) == (4, 3)
+
+
+def test_a_crash_within_validation(tmp_path, whole):
+    job = Job(tmp_path / "r")
+
+    def crash(variables):
+        if job.seen == 8:
+            raise Crash
+        return job.validate(variables)
+
+    with pytest.raises(Crash):
+        job.go(validate=crash)
+    job.go()
+    assert job.log.path.read_bytes() == whole[2].log.path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("number", "at"), [(signal.SIGINT, 3), (signal.SIGTERM, 7), (signal.SIGINT, 8)]
+)
+def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, whole, number, at):
+    """Before the first validation, between two, and while one is due."""
+    job = Job(tmp_path / "r")
+    old = signal.getsignal(number)
+
+    def interrupt(step):
+        if step == at:
+            signal.raise_signal(number)
+
+    with pytest.raises(Interrupted) as stop:
+        job.go(on_batch=interrupt)
+    assert number.name in str(stop.value)
+    assert f"step {at}" in str(stop.value)
+    assert signal.getsignal(number) == old
+    assert at in job.kept
+    state, progress = job.go()
+    assert int(state.step) == 12
+    assert np.asarray(state.params["w"]) == np.asarray(whole[0].params["w"])
+    assert progress.best_step == 12
+    steps = [r["step"] for r in job.log.read() if "validation" not in r]
+    # No step is left out of the rows: the interrupted one has a row of its own.
+    assert steps == sorted({2, 4, 6, 8, 10, 12, at})
+
+
+def test_an_unvalidated_save_is_never_the_best(tmp_path):
+    job = Job(tmp_path / "r", [-0.5, -0.6, -0.7])
+
+    def interrupt(step):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        job.go(on_batch=interrupt)
+    assert job.kept == {4, 6}
+    _, progress = job.go()
+    assert progress.best_step == 4
+    assert job.kept == {4, 12}
+
+
+def test_a_second_ctrl_c_acts_at_once(tmp_path):
+    job = Job(tmp_path / "r")
+
+    def interrupt(step):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        job.go(on_batch=interrupt)
+    assert job.kept == {4}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_loss_names_the_step_and_the_last_good(tmp_path, bad):
+    job = Job(tmp_path / "r", poison={7: jnp.float32(bad)})
+    with pytest.raises(NonFiniteLoss, match=r"loss.*step 7\b.*step 4\b"):
+        job.go()
+    assert issubclass(NonFiniteLoss, InputError)  # a command line ends with code 2
+    assert job.kept == {4}
+    rows = job.log.read()
+    assert [r["step"] for r in rows] == [2, 4, 4, 6]
+    assert all(np.isfinite(r["loss"]) for r in rows)
+    job.poison = None  # the remedy: the run goes on from the good checkpoint
+    state, _ = job.go()
+    assert int(state.step) == 12
+
+
+def test_non_finite_loss_before_any_checkpoint(tmp_path):
+    job = Job(tmp_path / "r", poison={2: jnp.float32("nan")})
+    with pytest.raises(NonFiniteLoss, match=r"step 2\b.*no checkpoint"):
+        job.go()
+
+
+def test_ctrl_c_never_saves_a_state_that_is_not_finite(tmp_path):
+    """The loss of the steps since the last row has not been looked at yet."""
+    job = Job(tmp_path / "r", poison={5: jnp.float32("nan")})
+
+    def interrupt(step):
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(NonFiniteLoss, match=r"step 5\b.*step 4\b"):
+        job.go(on_batch=interrupt)
+    assert job.kept == {4}
+
+
+def test_a_diverged_validation_is_not_saved_as_good(tmp_path):
+    """An update can spoil the parameters after a finite loss; validation sees it first."""
+    job = Job(tmp_path / "r")
+
+    def diverged(variables):
+        result = job.validate(variables)
+        return result | {"loss": float("nan")} if job.seen == 8 else result
+
+    with pytest.raises(NonFiniteLoss, match=r"step 8\b.*step 4\b"):
+        job.go(validate=diverged)
+    assert job.kept == {4}
+
+
+def test_note_is_json(tmp_path):
+    """Of a run stopped before its first validation too (the best score is then minus infinity)."""
+    job = Job(tmp_path / "r")
+
+    def interrupt(step):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        job.go(on_batch=interrupt)
+    checkpoints = Checkpoints(job.folder / "checkpoints")
+    progress = json.loads(json.dumps(checkpoints.load_note()))["progress"]
+    checkpoints.close()
+    assert progress["best_step"] == 0
+    assert progress["best_score"] == float("-inf")
