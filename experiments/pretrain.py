@@ -228,17 +228,17 @@ def finished_report(run: Run, config: PretrainConfig) -> dict | None:
     return report if report["evaluation"] == dataclasses.asdict(config.evaluation) else None
 
 
-def show_recommendations(run, users: int = 3, n: int = 5) -> None:
+def show_recommendations(config: PretrainConfig, run: Run, users: int = 3, n: int = 5) -> None:
     """A few users of the test part: what they did, what the model says, what came."""
     examples = target_examples(run.split.test_at)
+    recommender = recommend.Recommender(run, beam_width=config.evaluation.beam_width)
     rng = np.random.default_rng(0)
     for i in rng.choice(len(examples), min(users, len(examples)), replace=False):
         user, position = int(examples.user[i]), int(examples.position[i])
-        config = recommend.RecommendConfig(run=run.folder, n=n)
         first = run.dataset.offsets[user]
         history = run.dataset.item_rows[first : first + position]
         print(f"\nuser {run.dataset.users['user_id'][user]}")
-        found = recommend.recommend(run, run.builder, user, position, config)
+        found = recommender(run.builder, user, position, n=n, seen=history)
         recommend.show(run, history, *found)
         target = run.dataset.item_rows[first + position]
         print(f"what came next: {recommend.describe(run, target)[1]}")
@@ -306,7 +306,7 @@ def main(config: PretrainConfig) -> None:
         seconds["train"] = progress.seconds
         result = evaluate.evaluate_run(run, config.evaluation, seconds)
     evaluate.show(result)
-    show_recommendations(run)
+    show_recommendations(config, run)
     print(f"\neverything lies in {run.folder}: report.md, report.json, plots, checkpoints")
     print(f"more: python -m experiments.recommend {run.folder} --user ID")
 

@@ -12,7 +12,7 @@ import tyro
 from onerec_jax import cli
 from onerec_jax.data.pipeline import BatchBuilder, Examples, log_from_histories
 from onerec_jax.errors import InputError
-from onerec_jax.generation.generator import expand_leaves
+from onerec_jax.generation.generator import drop_seen, expand_leaves
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
 
@@ -42,23 +42,28 @@ def row_of(values, wanted: str, what: str, flag: str) -> int:
     return int(found[0])
 
 
-def recommend(run: Run, builder: BatchBuilder, user: int, position: int, config: RecommendConfig):
-    """Item rows and log-probabilities of their IDs, best first.
+class Recommender:
+    """A loaded model and its compiled search, for one user at a time."""
 
-    The history is the first `position` actions of `user` in the builder's log.
-    """
-    if min(config.n, config.beam_width) < 1:
-        raise InputError(f"--n {config.n} and --beam-width {config.beam_width} must be positive")
-    first = builder.log.offsets[user]
-    history = builder.log.item[first : first + position]
-    seen = np.empty(0, np.int32) if config.include_seen else history
-    generator = run.generator(make_mesh(data=1), beam_width=config.beam_width, batch_size=1)
-    example = Examples(np.array([user], np.int32), np.array([position], np.int32))
-    (beams,) = generator.beams(run.load_best(), builder, example)
-    items = expand_leaves(beams.leaf, generator.offsets, generator.items, config.n + len(seen))[0]
-    items = items[(items >= 0) & ~np.isin(items, seen)][: config.n]
-    logp = dict(zip(beams.leaf[0].tolist(), beams.logp[0].tolist(), strict=True))
-    return items, [logp[int(run.ids.leaf_of_item[item])] for item in items]
+    def __init__(self, run: Run, *, beam_width: int):
+        self.run, self.variables = run, run.load_best()
+        self.generator = run.generator(make_mesh(data=1), beam_width=beam_width, batch_size=1)
+
+    def __call__(self, builder: BatchBuilder, user: int, position: int, *, n: int, seen=()):
+        """Item rows and log-probabilities of their IDs, best first, at most n of each.
+
+        The history is the first `position` actions of `user` in the builder's log; items in `seen`
+        are left out, so a list is shorter than n if the beams hold too few others.
+        """
+        example = Examples(np.array([user], np.int32), np.array([position], np.int32))
+        (beams,) = self.generator.beams(self.variables, builder, example)
+        lists = expand_leaves(
+            beams.leaf, self.generator.offsets, self.generator.items, n + len(seen)
+        )
+        (items,) = drop_seen(lists, [seen], n)
+        items = items[items >= 0]
+        logp = dict(zip(beams.leaf[0].tolist(), beams.logp[0].tolist(), strict=True))
+        return items, [logp[int(self.run.ids.leaf_of_item[item])] for item in items]
 
 
 def describe(run: Run, row: int) -> tuple[str, str]:
@@ -86,6 +91,8 @@ def main(config: RecommendConfig) -> None:
     """Recommend to one user."""
     if (config.user is None) == (config.history is None):
         raise InputError("give either --user ID or --history ID,ID,…")
+    if min(config.n, config.beam_width) < 1:
+        raise InputError(f"--n {config.n} and --beam-width {config.beam_width} must be positive")
     run = Run.open(config.run)
     if config.history is not None:
         ids = run.dataset.items["item_id"]
@@ -99,7 +106,9 @@ def main(config: RecommendConfig) -> None:
         position = int(np.diff(run.dataset.offsets)[user])
     first = builder.log.offsets[user]
     history = builder.log.item[first : first + position]
-    show(run, history, *recommend(run, builder, user, position, config))
+    seen = () if config.include_seen else history
+    recommender = Recommender(run, beam_width=config.beam_width)
+    show(run, history, *recommender(builder, user, position, n=config.n, seen=seen))
 
 
 if __name__ == "__main__":

@@ -89,11 +89,26 @@ def build_feature_spec(
         num_authors=num_authors,
         has_time="time_s" in columns,
         has_playtime="playtime_s" in columns,
-        has_duration="duration_s" in dataset.items.columns,
+        has_duration=item_durations(dataset) is not None,
         labels=tuple(labels),
         static=static,
         positive=positive,
     )
+
+
+def item_durations(dataset: Dataset) -> np.ndarray | None:
+    """Length of every item in seconds, float64 `[I]`, NaN where unknown; None if nothing says it.
+
+    From the items table, else the median of what the log says of the item.
+    """
+    if "duration_s" in dataset.items.columns:
+        return dataset.items["duration_s"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+    if "duration_s" not in dataset.interactions.columns:
+        return None
+    logged = dataset.interactions.group_by("item_row").agg(pl.col("duration_s").median())
+    durations = np.full(dataset.num_items, np.nan)
+    durations[logged["item_row"].to_numpy()] = logged["duration_s"].fill_null(np.nan).to_numpy()
+    return durations
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +150,7 @@ def item_features(dataset: Dataset, ids: SemanticIds, spec: FeatureSpec) -> Item
         authors = dataset.items["author_id"]
         author = _index(authors, _vocabulary(authors))
     if spec.has_duration:
-        duration = log_bucket(dataset.items["duration_s"].cast(pl.Float64).fill_null(np.nan), 4)
+        duration = log_bucket(item_durations(dataset), 4)
     return ItemFeatures(ids.sids, tags, author, duration)
 
 
@@ -169,10 +184,10 @@ def positive_actions(dataset: Dataset, rule: PositiveRule) -> np.ndarray:
     ]
     if (rating := dataset.column("rating")) is not None:
         clauses.append(rating >= rule.min_rating)
-    playtime = dataset.column("playtime_s")
-    if playtime is not None and "duration_s" in dataset.items.columns:
-        duration = dataset.items["duration_s"].to_numpy()[dataset.item_rows]
-        clauses.append(playtime >= rule.min_watch_ratio * np.where(duration > 0, duration, np.nan))
+    playtime, duration = dataset.column("playtime_s"), item_durations(dataset)
+    if playtime is not None and duration is not None:
+        known = np.where(duration > 0, duration, np.nan)[dataset.item_rows]
+        clauses.append(playtime >= rule.min_watch_ratio * known)
     if not clauses:
         return np.ones(len(dataset.item_rows), bool)
     return np.logical_or.reduce(clauses)

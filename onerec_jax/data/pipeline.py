@@ -193,8 +193,8 @@ def padded_batches(builder: BatchBuilder, examples: Examples, batch_size: int):
 def log_from_histories(histories, spec: FeatureSpec) -> ActionLog:
     """An `ActionLog` of bare item lists, as a caller without logs would give them.
 
-    Times and labels are unknown (bucket 0, no bit set); every item counts as positive, for the
-    caller names what the user liked. An empty history is a newcomer: all pathways stay empty.
+    Its actions count as done just now (age 0) and as positive, for the caller names what the user
+    likes; labels and play times stay unknown (no bit set, bucket 0). An empty history is a newcomer: all pathways stay empty.
 
     Args:
       histories: item rows of each user, oldest first.
@@ -208,7 +208,7 @@ def log_from_histories(histories, spec: FeatureSpec) -> ActionLog:
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         item=item.astype(np.int32),
         positive=np.arange(n) < n - 1,
-        time_s=np.full(n, np.nan) if spec.has_time else None,
+        time_s=np.zeros(n, np.int64) if spec.has_time else None,
         playtime=np.zeros(n, np.int32) if spec.has_playtime else None,
         label=np.zeros((n, len(spec.labels)), np.uint8) if spec.labels else None,
         static=np.zeros((len(histories), len(spec.static)), np.int32),

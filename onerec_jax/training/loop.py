@@ -30,6 +30,12 @@ class LoopConfig:
     patience: int = 5
     """Validations without a better score before training stops; 0 = never."""
 
+    def __post_init__(self):
+        for name in ("batch_size", "steps", "log_every", "validate_every"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"--train.{flag} {getattr(self, name)} must be at least 1")
+
 
 @dataclasses.dataclass
 class Progress:

@@ -197,8 +197,8 @@ def test_folders_of_killed_saves_are_cleaned(opened, mesh):
     assert again.latest == 10
     restored = again.restore(abstract(state), make_iterator())
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
-    again.save(make_state(mesh, step=20), make_iterator(), note={}, score=1.0)
-    assert {path.name for path in folder.iterdir()} == {"20"}
+    again.save(make_state(mesh, step=30), make_iterator(), note={}, score=1.0)
+    assert {path.name for path in folder.iterdir()} == {"30"}
 
 
 def test_note_is_plain_json(opened, mesh):

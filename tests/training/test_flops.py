@@ -83,6 +83,31 @@ def test_forward_against_the_compiler(changes):
     assert 0.85 < counted / cost["flops"] <= 1.0
 
 
+def test_one_layer_each_by_hand():
+    """D 4, one token of history and three codes: small enough to count every product."""
+    cfg = tiny_config(
+        d_model=4,
+        num_heads=1,
+        ff_dim=5,
+        num_experts=0,
+        encoder_layers=1,
+        decoder_layers=1,
+        short_length=1,
+        positive_length=0,
+        lifelong_length=0,
+    )
+    parts = forward_flops(cfg, bare_spec(codebook_size=7))
+    square, tokens, codes = 4 * 4, 2, 3  # the empty static token is padding that is computed
+    assert parts["pathways"] == 2 * 1 * (square + square)
+    attention = 4 * square * tokens + 2 * tokens * tokens * 4  # q, k, v, o; scores and values
+    assert parts["encoder"] == 2 * (attention + tokens * 2 * 4 * 5)
+    causal = 4 * square * codes + 2 * codes * codes * 4
+    cross = 2 * square * codes + 2 * square * tokens + 2 * codes * tokens * 4
+    assert parts["decoder"] == 2 * (causal + cross + codes * 2 * 4 * 5)
+    assert parts["heads"] == 2 * codes * 4 * 7
+    assert parts["lifelong QFormer"] == 0
+
+
 def test_experts_by_hand():
     """Only the chosen experts count, and the router."""
     spec = full_spec()
