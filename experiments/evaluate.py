@@ -39,7 +39,8 @@ class EvaluationConfig:
     batch_size: int = 128
     """Users at once."""
     exclude_seen: bool = False
-    """Add a second table in which items of the history are no candidates."""
+    """Add a second table in which items of the history are no candidates. A list comes short where
+    too few beams are left: widen --evaluation.beam-width for long histories."""
     baselines: bool = True
     """Fit popularity, Markov chain and SASRec beside the model."""
     resamples: int = 2000

@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Literal
 
 import jax
 import numpy as np
@@ -86,6 +87,9 @@ class PretrainConfig:
     validate_users: int = 2000
     """Users in each validation, drawn once by the seed; 0 = all."""
     validate_beam_width: int = 20
+    select_by: Literal["loss", "ndcg@10"] = "loss"
+    """What the best checkpoint and the early stop go by. With few validation users the loss is the
+    steadier of the two: NDCG@10 of 671 users has a standard error of 0.005."""
     mesh: MeshConfig = MeshConfig()
     deterministic: bool = False
     """On a GPU: the same bits every time, by slower kernels."""
@@ -94,9 +98,9 @@ class PretrainConfig:
 
 
 DEMO = {
-    # A budget for two CPU cores: two and a half passes over MovieLens latest-small.
-    "train": LoopConfig(batch_size=64, steps=4000, log_every=200, validate_every=500),
-    "optimizer": OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
+    # A budget for two CPU cores: about three passes over MovieLens latest-small.
+    "train": LoopConfig(batch_size=64, steps=5000, log_every=250, validate_every=1000),
+    "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
 }
 """What the `tiny` preset changes in the training defaults, which are meant for real sizes."""
 
@@ -184,7 +188,8 @@ def make_validation(config: PretrainConfig, run, mesh):
         loss = generator.loss(variables, run.builder, examples).sum(-1).mean()
         found = generator.rank(variables, run.builder, examples)
         metrics = {k: float(v.mean()) for k, v in ranking_metrics(found.item_ranks).items()}
-        return {"loss": float(loss), **metrics, "score": metrics["ndcg@10"]}
+        score = -float(loss) if config.select_by == "loss" else metrics["ndcg@10"]
+        return {"loss": float(loss), **metrics, "score": score}
 
     return validate
 

@@ -103,7 +103,6 @@ PRESETS: dict[str, ModelConfig] = {
         author_dim=32,
         feature_dim=16,
         static_dim=16,
-        dropout=0.1,
     ),
     "v1-0.015b": ModelConfig(),
     "v1-0.121b": V1_LARGE,

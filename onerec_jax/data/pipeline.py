@@ -194,7 +194,8 @@ def log_from_histories(histories, spec: FeatureSpec) -> ActionLog:
     """An `ActionLog` of bare item lists, as a caller without logs would give them.
 
     Its actions count as done just now (age 0) and as positive, for the caller names what the user
-    likes; labels and play times stay unknown (no bit set, bucket 0). An empty history is a newcomer: all pathways stay empty.
+    likes; labels and play times stay unknown (no bit set, bucket 0). An empty history is a
+    newcomer: all pathways stay empty.
 
     Args:
       histories: item rows of each user, oldest first.

@@ -81,7 +81,7 @@ def expert_ffn(x_td, slot_tk, gate_tk, w_in_edf, w_out_efd, rows):
     (t, d), k, e = x_td.shape, slot_tk.shape[1], w_in_edf.shape[0]
     buffer = jnp.zeros((e * rows, d), x_td.dtype)
     x_ecd = buffer.at[slot_tk.reshape(-1)].set(jnp.repeat(x_td, k, axis=0), mode="drop")
-    x_ecd = nn.with_logical_constraint(x_ecd.reshape(e, rows, d), ("experts", None, None))
+    x_ecd = x_ecd.reshape(e, rows, d)
     h_ecf = jnp.einsum("ecd,edf->ecf", x_ecd, w_in_edf.astype(x_td.dtype))
     gate_ecf, up_ecf = jnp.split(h_ecf, 2, axis=-1)
     y_ecd = jnp.einsum("ecf,efd->ecd", nn.silu(gate_ecf) * up_ecf, w_out_efd.astype(x_td.dtype))

@@ -121,7 +121,7 @@ def fit(
     metrics_log.cut_after(step)
     pending: list[dict] = []
     start, earlier = time.perf_counter(), progress.seconds
-    clock = _Clock(step)
+    clock = _Clock()
 
     def not_finite(name, at):
         saved = checkpoints.latest
@@ -182,10 +182,10 @@ def fit(
 
 
 class _Clock:
-    """Examples a second since the last line, compilation and validation left out."""
+    """Examples a second of this session, compilation and validation left out."""
 
-    def __init__(self, step):
-        self.examples, self.seconds, self.last, self.first = 0, 0.0, None, step
+    def __init__(self):
+        self.examples, self.seconds, self.last = 0, 0.0, None
 
     def tick(self, examples, metrics):
         if self.last is None:  # the first step compiles
@@ -195,17 +195,10 @@ class _Clock:
             self.seconds += time.perf_counter() - self.last
         self.last = time.perf_counter()
 
+    @contextlib.contextmanager
     def paused(self):
-        clock = self
-
-        class Pause:
-            def __enter__(self):
-                pass
-
-            def __exit__(self, *_):
-                clock.last = time.perf_counter()
-
-        return Pause()
+        yield
+        self.last = time.perf_counter()
 
     @property
     def rate(self) -> float:

@@ -270,7 +270,8 @@ def test_bare_histories():
     np.testing.assert_array_equal(batch.short.length, [3, 0, 1])
     np.testing.assert_array_equal(batch.positive.length, [3, 0, 1])  # what the caller named
     assert batch.short.item.tolist() == [[2, 1, 3, 0], [0] * 4, [5, 0, 0, 0]]
-    for unknown in (batch.short.age, batch.short.playtime, batch.short.label, batch.static):
+    assert batch.short.age.tolist() == [[1, 1, 1, 0], [0] * 4, [1, 0, 0, 0]]  # done just now
+    for unknown in (batch.short.playtime, batch.short.label, batch.static):
         assert unknown.sum() == 0
     np.testing.assert_array_equal(batch.target, 0)
     bare = log_from_histories([[1]], helpers.bare_spec())
