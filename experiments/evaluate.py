@@ -61,6 +61,8 @@ class EvaluateConfig:
 def evaluate_model(run: Run, config: EvaluationConfig, seed: int) -> tuple[dict, dict]:
     """Test metrics of the best checkpoint, and its ranks by protocol."""
     test = target_examples(run.split.test_at)
+    if not len(test):
+        raise InputError(f"data set '{run.dataset.name}' has no test target: split it anew")
     mesh = make_mesh(data=1)
     generator = run.generator(mesh, beam_width=config.beam_width, batch_size=config.batch_size)
     variables = run.load_best()
@@ -77,19 +79,18 @@ def evaluate_model(run: Run, config: EvaluationConfig, seed: int) -> tuple[dict,
         }
     }
     ranks = {}
-    for suffix, seen in (("", None), ("_exclude_seen", seen_items(run, test))):
-        if suffix and not config.exclude_seen:
-            continue
+    for suffix in ("", "_exclude_seen")[: 1 + config.exclude_seen]:
+        seen = seen_items(run, test) if suffix else None
         found = generator.rank(variables, run.builder, test, seen=seen)
-        item = ranking.ranking_metrics(found.item_ranks)
         ranks[f"onerec{suffix}"] = found.item_ranks
+        parts = {"item": found.item_ranks}
+        if not suffix:  # an ID is no candidate less because one of its items was seen
+            parts["id"] = found.id_ranks
         results[f"test{suffix}"] = {
-            "item": ranking.summarize(item, seed, config.resamples),
-            "id": ranking.summarize(
-                ranking.ranking_metrics(found.id_ranks), seed, config.resamples
-            ),
-            "coverage": ranking.coverage(found.lists, run.dataset.num_items),
+            part: ranking.summarize(ranking.ranking_metrics(values), seed, config.resamples)
+            for part, values in parts.items()
         }
+        results[f"test{suffix}"]["coverage"] = ranking.coverage(found.lists, run.dataset.num_items)
     results["test"] |= {
         "legality_unmasked": generator.legality(variables, run.builder, test),
         "loss": float(loss.sum()),
