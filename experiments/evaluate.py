@@ -17,11 +17,11 @@ import tyro
 
 from onerec_jax import cli
 from onerec_jax.data.pipeline import target_examples
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation import ranking, report
 from onerec_jax.evaluation.baselines import evaluate_baseline, fit_markov, fit_popularity
 from onerec_jax.evaluation.sasrec import default_config, fit_sasrec
-from onerec_jax.files import write_text
+from onerec_jax.files import read_json, write_text
 from onerec_jax.models.onerec import resolve_dtype
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
@@ -47,6 +47,10 @@ class EvaluationConfig:
     """Bootstrap samples of the users."""
     sasrec_epochs: int = 0
     """Most epochs of the SASRec baseline; 0: its own default."""
+
+    def __post_init__(self):
+        require_at_least(self, "evaluation.", beam_width=1, batch_size=1, resamples=1)
+        require_at_least(self, "evaluation.", sasrec_epochs=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +125,7 @@ def evaluate_baselines(
     settings = {"sasrec": dataclasses.asdict(sasrec_config), "exclude_seen": config.exclude_seen}
     npz, note = run.folder / "baselines.npz", run.folder / "baselines.json"
     if npz.exists() and note.exists():
-        known = json.loads(note.read_text())
+        known = read_json(note)
         if known["settings"] == json.loads(json.dumps(settings)):
             return dict(np.load(npz)), known["sasrec"], known["seconds"]
     sequences = (data.offsets, data.item_rows, split.train_end)
@@ -152,6 +156,7 @@ def evaluate_baselines(
         for suffix, exclude in (("", False), ("_exclude_seen", True))
         if config.exclude_seen or not exclude
     }
+    note.unlink(missing_ok=True)  # a kill while the ranks are written must not leave a match
     np.savez(npz, **ranks)
     write_text(
         note, json.dumps({"settings": settings, "sasrec": budget, "seconds": seconds}, indent=1)
@@ -220,9 +225,12 @@ def show(result: dict) -> None:
         if f"test{suffix}" in result:
             console.print(report.rich_table(result, suffix))
     console.print(
-        f"IDs that exist without the trie: {result['test']['legality_unmasked']:.1%}; "
+        f"IDs that exist among {result['test']['beam_width']} beams without the trie: "
+        f"{result['test']['legality_unmasked']:.1%}; "
         f"coverage of the catalogue: {result['test']['coverage']:.1%}"
     )
+    if "sasrec" in result:
+        console.print(report.sasrec_budget(result["sasrec"]))
     for name, paired in result.get("paired", {}).items():
         low, high = paired["ci95"]
         console.print(
@@ -239,7 +247,7 @@ def main(config: EvaluateConfig) -> None:
             f"{run.folder} is not trained to its end: run `{run.config['command']}` on"
         )
     path = run.folder / "report.json"
-    earlier = json.loads(path.read_text())["seconds"] if path.exists() else {}
+    earlier = read_json(path)["seconds"] if path.exists() else {}
     show(evaluate_run(run, config.evaluation, earlier))
     print(f"written to {run.folder}")
 

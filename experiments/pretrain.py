@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import sys
 import time
 from typing import Literal
@@ -34,9 +35,9 @@ from onerec_jax.data.pipeline import (
 )
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import make_split
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.ranking import ranking_metrics
-from onerec_jax.files import file_hash
+from onerec_jax.files import file_hash, read_json
 from onerec_jax.inputs import PositiveRule
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.run import Run, settings_hash
@@ -96,9 +97,13 @@ class PretrainConfig:
     describe: bool = False
     """Print parameters and FLOPs by part, and stop."""
 
+    def __post_init__(self):
+        require_at_least(self, "", seed=0, validate_users=0, validate_beam_width=1)
+
 
 DEMO = {
-    # A budget for two CPU cores: about three passes over MovieLens latest-small.
+    # A budget for two CPU cores: about three passes over MovieLens latest-small. Smaller data sets
+    # stop early, larger ones want more steps.
     "train": LoopConfig(batch_size=64, steps=5000, log_every=250, validate_every=1000),
     "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
 }
@@ -162,7 +167,7 @@ def open_run(config: PretrainConfig, data_folder, ids_folder, dataset, ids):
     return Run.create(
         config.run or RUNS / name,
         settings=values,
-        command=" ".join(["python -m experiments.pretrain", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", "experiments.pretrain", *sys.argv[1:]]),
         data_folder=data_folder,
         ids_folder=ids_folder,
         dataset=dataset,
@@ -229,7 +234,7 @@ def finished_report(run: Run, config: PretrainConfig) -> dict | None:
     path = run.folder / "report.json"
     if not path.exists():
         return None
-    report = json.loads(path.read_text())
+    report = read_json(path)
     return report if report["evaluation"] == dataclasses.asdict(config.evaluation) else None
 
 

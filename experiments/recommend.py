@@ -42,6 +42,14 @@ def row_of(values, wanted: str, what: str, flag: str) -> int:
     return int(found[0])
 
 
+def split_ids(text: str) -> list[str]:
+    """Item ids between commas."""
+    ids = [part.strip() for part in text.split(",") if part.strip()]
+    if not ids:
+        raise InputError("--history is empty: give item ids separated by commas")
+    return ids
+
+
 class Recommender:
     """A loaded model and its compiled search, for one user at a time."""
 
@@ -76,7 +84,7 @@ def show(run: Run, history, items, logp) -> None:
     """Print the latest actions and the recommendations."""
     console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
     latest = [describe(run, row)[1] for row in history[-5:]]
-    console.print(f"latest of {len(history)}: " + " | ".join(latest))
+    console.print(f"history, {len(history)} actions, … " + " | ".join(latest))
     table = rich.table.Table()
     for name in ("", "item", "id", "semantic ID", "log P"):
         table.add_column(name, justify="right" if name in ("", "log P") else "left")
@@ -96,7 +104,7 @@ def main(config: RecommendConfig) -> None:
     run = Run.open(config.run)
     if config.history is not None:
         ids = run.dataset.items["item_id"]
-        rows = [row_of(ids, text, "item", "--history") for text in config.history.split(",")]
+        rows = [row_of(ids, text, "item", "--history") for text in split_ids(config.history)]
         log = log_from_histories([rows], run.spec)
         builder = BatchBuilder(log, run.builder.items, run.model_config)
         user, position = 0, len(rows)

@@ -7,7 +7,7 @@ report leaves open (gate, dropout, capacity) is a field here with its default an
 import dataclasses
 from typing import Literal
 
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, require_at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,12 @@ class ModelConfig:
     """auto: bfloat16 on GPU and TPU, float32 on CPU. Master weights are always float32."""
 
     def __post_init__(self):
+        sizes = ("d_model", "encoder_layers", "decoder_layers", "num_heads", "ff_dim", "expert_dim")
+        lengths = ("short_length", "positive_length", "lifelong_queries", "lifelong_blocks")
+        widths = ("author_dim", "feature_dim", "static_dim")
+        zeros = ("num_experts", "capacity_factor", "router_bias_rate", "lifelong_length", "dropout")
+        require_at_least(self, "model.", **dict.fromkeys(sizes + lengths + widths, 1))
+        require_at_least(self, "model.", **dict.fromkeys(zeros, 0))
         if self.d_model % self.num_heads:
             raise InputError(
                 f"--model.d-model {self.d_model} is no multiple of --model.num-heads "

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -39,6 +40,18 @@ def write_text(path, text: str) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
     tmp.write_text(text)
     os.replace(tmp, path)
+
+
+def read_json(path) -> dict:
+    """A JSON file of ours.
+
+    Raises:
+      InputError: missing, unreadable or damaged.
+    """
+    try:
+        return json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it and run again") from error
 
 
 def file_hash(path) -> str:

@@ -80,6 +80,8 @@ class Run:
         if path.exists():
             old = json.loads(path.read_text())
             _refuse_other_settings(folder, old, json.loads(json.dumps(config)))
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"--run {folder} exists and is no run folder: give another one")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "features.json", spec.to_json())
@@ -136,10 +138,9 @@ class Run:
     @functools.cached_property
     def builder(self) -> BatchBuilder:
         """Builds batches from the run's own log."""
-        log = action_log(self.dataset, self.spec)
-        return BatchBuilder(
-            log, item_features(self.dataset, self.ids, self.spec), self.model_config
-        )
+        items = item_features(self.dataset, self.split, self.ids, self.spec)
+        log = action_log(self.dataset, self.split, self.spec)
+        return BatchBuilder(log, items, self.model_config)
 
     def model(self, *, train: bool = False) -> OneRec:
         return OneRec(self.model_config, self.spec, train=train)
@@ -150,12 +151,18 @@ class Run:
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
+        """Checkpoints of the run; the folder is made with the first."""
         return Checkpoints(self.folder / "checkpoints")
+
+    @property
+    def _latest(self) -> int | None:
+        """Step of the latest checkpoint; looks without making the folder."""
+        return self.checkpoints.latest if (self.folder / "checkpoints").is_dir() else None
 
     @property
     def finished(self) -> bool:
         """Whether training has reached its last step or stopped early."""
-        latest, loop = self.checkpoints.latest, self.config["settings"]["train"]
+        latest, loop = self._latest, self.config["settings"]["train"]
         if latest is None:
             return False
         waited = self.checkpoints.load_note()["progress"]["waited"]
@@ -168,7 +175,7 @@ class Run:
         Raises:
           InputError: training has not reached its first validation.
         """
-        latest = self.checkpoints.latest
+        latest = self._latest
         progress = self.checkpoints.load_note()["progress"] if latest is not None else {}
         if not progress.get("best_step"):
             raise InputError(

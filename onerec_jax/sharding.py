@@ -38,7 +38,7 @@ def make_mesh(data: int = 0, expert: int = 1) -> Mesh:
     """
     devices = jax.device_count()
     if data < 0 or expert < 1:
-        raise InputError(f"--mesh.data {data} and --mesh.expert {expert} must be positive")
+        raise InputError(f"--mesh.data {data} and --mesh.expert {expert} must be at least 0 and 1")
     data = data or max(devices // expert, 1)
     if data * expert > devices:
         raise InputError(

@@ -1,14 +1,21 @@
 """Sizes: what a configuration refuses, and that the presets are what they are called."""
 
+import re
+
 import flax.linen as nn
 import helpers
 import jax
 import numpy as np
 import pytest
 
+from experiments.evaluate import EvaluationConfig
+from experiments.pretrain import PretrainConfig
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import InputError
 from onerec_jax.models.onerec import OneRec
+from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.training.loop import LoopConfig
+from onerec_jax.training.optimizer import OptimizerConfig
 
 
 @pytest.mark.parametrize(
@@ -49,3 +56,22 @@ def test_presets_build(name):
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(layers))
     assert count % cfg.decoder_layers == 0
     assert ("router" in variables) == bool(cfg.num_experts)
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (lambda: ModelConfig(num_heads=0), "--model.num-heads 0"),
+        (lambda: ModelConfig(dropout=-0.1), "--model.dropout -0.1"),
+        (lambda: TokenizerConfig(levels=0), "--tokenizer.levels 0"),
+        (lambda: TokenizerConfig(codebook_size=-3), "--tokenizer.codebook-size -3"),
+        (lambda: LoopConfig(log_every=0), "--train.log-every 0"),
+        (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning-rate nan"),
+        (lambda: EvaluationConfig(beam_width=0), "--evaluation.beam-width 0"),
+        (lambda: PretrainConfig(seed=-1), "--seed -1"),
+    ],
+)
+def test_settings_below_their_minimum_name_the_flag(make, flag):
+    """Each would otherwise end in a traceback far from its cause."""
+    with pytest.raises(InputError, match=re.escape(flag)):
+        make()

@@ -161,6 +161,7 @@ class FakeCheckpoints:
 )
 def test_finished_and_best(place, checkpoints, finished, best):
     run = place.create()
+    (run.folder / "checkpoints").mkdir()
     run.__dict__["checkpoints"] = checkpoints
     assert run.finished == finished
     if best is None:
@@ -172,6 +173,7 @@ def test_finished_and_best(place, checkpoints, finished, best):
 
 def test_patience_zero_never_stops_early(place):
     run = place.create(train={"steps": 60, "patience": 0})
+    (run.folder / "checkpoints").mkdir()
     run.__dict__["checkpoints"] = FakeCheckpoints(40, waited=9, best_step=20)
     assert not run.finished
 

@@ -46,9 +46,10 @@ def _index(values: pl.Series, words: tuple[str, ...]) -> np.ndarray:
 def build_feature_spec(
     dataset: Dataset, split: Split, ids: SemanticIds, positive: PositiveRule
 ) -> FeatureSpec:
-    """Collects vocabularies from the training part only.
+    """Collects the vocabularies of a data set.
 
-    Tags come from the items' own rows and are not tied to a split.
+    What the log says (rating values) comes from its training part; what the tables say of items and
+    users (tags, authors, static features) is known before any action and comes from all rows.
     """
     if len(ids.sids) != dataset.num_items:
         raise InputError(
@@ -89,23 +90,24 @@ def build_feature_spec(
         num_authors=num_authors,
         has_time="time_s" in columns,
         has_playtime="playtime_s" in columns,
-        has_duration=item_durations(dataset) is not None,
+        has_duration=item_durations(dataset, split) is not None,
         labels=tuple(labels),
         static=static,
         positive=positive,
     )
 
 
-def item_durations(dataset: Dataset) -> np.ndarray | None:
+def item_durations(dataset: Dataset, split: Split) -> np.ndarray | None:
     """Length of every item in seconds, float64 `[I]`, NaN where unknown; None if nothing says it.
 
-    From the items table, else the median of what the log says of the item.
+    From the items table, else the median of what the training part of the log says of the item.
     """
     if "duration_s" in dataset.items.columns:
         return dataset.items["duration_s"].cast(pl.Float64).fill_null(np.nan).to_numpy()
     if "duration_s" not in dataset.interactions.columns:
         return None
-    logged = dataset.interactions.group_by("item_row").agg(pl.col("duration_s").median())
+    training = dataset.interactions.filter(train_mask(dataset, split))
+    logged = training.group_by("item_row").agg(pl.col("duration_s").median())
     durations = np.full(dataset.num_items, np.nan)
     durations[logged["item_row"].to_numpy()] = logged["duration_s"].fill_null(np.nan).to_numpy()
     return durations
@@ -134,7 +136,9 @@ class ActionLog:
     static: np.ndarray  # int32 [U, static features]
 
 
-def item_features(dataset: Dataset, ids: SemanticIds, spec: FeatureSpec) -> ItemFeatures:
+def item_features(
+    dataset: Dataset, split: Split, ids: SemanticIds, spec: FeatureSpec
+) -> ItemFeatures:
     """Arrays of item features for `spec`."""
     tags = author = duration = None
     if spec.tags:
@@ -150,11 +154,11 @@ def item_features(dataset: Dataset, ids: SemanticIds, spec: FeatureSpec) -> Item
         authors = dataset.items["author_id"]
         author = _index(authors, _vocabulary(authors))
     if spec.has_duration:
-        duration = log_bucket(item_durations(dataset), 4)
+        duration = log_bucket(item_durations(dataset, split), 4)
     return ItemFeatures(ids.sids, tags, author, duration)
 
 
-def action_log(dataset: Dataset, spec: FeatureSpec) -> ActionLog:
+def action_log(dataset: Dataset, split: Split, spec: FeatureSpec) -> ActionLog:
     """Arrays of action features for `spec`."""
     label = None
     if spec.labels:
@@ -169,7 +173,7 @@ def action_log(dataset: Dataset, spec: FeatureSpec) -> ActionLog:
     return ActionLog(
         offsets=dataset.offsets,
         item=dataset.item_rows,
-        positive=positive_actions(dataset, spec.positive),
+        positive=positive_actions(dataset, split, spec.positive),
         time_s=dataset.column("time_s") if spec.has_time else None,
         playtime=log_bucket(dataset.column("playtime_s"), 4) if spec.has_playtime else None,
         label=label,
@@ -177,14 +181,14 @@ def action_log(dataset: Dataset, spec: FeatureSpec) -> ActionLog:
     )
 
 
-def positive_actions(dataset: Dataset, rule: PositiveRule) -> np.ndarray:
+def positive_actions(dataset: Dataset, split: Split, rule: PositiveRule) -> np.ndarray:
     """Which actions count as positive feedback under `rule`, bool `[N]`."""
     clauses = [
         dataset.column(name) > 0 for name in rule.actions if dataset.column(name) is not None
     ]
     if (rating := dataset.column("rating")) is not None:
         clauses.append(rating >= rule.min_rating)
-    playtime, duration = dataset.column("playtime_s"), item_durations(dataset)
+    playtime, duration = dataset.column("playtime_s"), item_durations(dataset, split)
     if playtime is not None and duration is not None:
         known = np.where(duration > 0, duration, np.nan)[dataset.item_rows]
         clauses.append(playtime >= rule.min_watch_ratio * known)

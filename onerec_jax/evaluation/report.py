@@ -46,6 +46,15 @@ def rich_table(report: dict, suffix: str = ""):
     return table
 
 
+def sasrec_budget(sasrec: dict) -> str:
+    """One sentence on what the baseline was given."""
+    rising = "was still rising" if sasrec["still_rising"] else "had stopped rising"
+    return (
+        f"SASRec's budget: {sasrec['epochs']} epochs, {sasrec['seconds']:.0f} s, best epoch "
+        f"{sasrec['best_epoch']}; validation {rising} at the end."
+    )
+
+
 def markdown(report: dict) -> str:
     """The report in words, tables and plots."""
     data, model, test = report["dataset"], report["model"], report["test"]
@@ -72,7 +81,8 @@ def markdown(report: dict) -> str:
         "Mean over users and 95% percentile bootstrap. Items: the whole catalogue is ranked; items "
         "that share an ID come by popularity, then id. Semantic IDs: a hit on the target's ID.",
         "",
-        f"Without the trie {test['legality_unmasked']:.1%} of the generated IDs exist. The top "
+        f"Of the {test['beam_width']} beams that each user gets without the trie "
+        f"{test['legality_unmasked']:.1%} are IDs that exist. The top "
         f"tens of all users hold {test['coverage']:.1%} of the catalogue.",
         "",
     ]
@@ -90,13 +100,7 @@ def markdown(report: dict) -> str:
             )
         lines.append("")
     if "sasrec" in report:
-        sasrec = report["sasrec"]
-        rising = "was still rising" if sasrec["still_rising"] else "had stopped rising"
-        lines += [
-            f"SASRec's budget: {sasrec['epochs']} epochs, {sasrec['seconds']:.0f} s, best epoch "
-            f"{sasrec['best_epoch']}; validation {rising} at the end.",
-            "",
-        ]
+        lines += [sasrec_budget(report["sasrec"]), ""]
     lines += ["## Training", ""]
     lines += [f"![{name}]({name}.png)" for name in report["plots"]]
     lines += ["", "## Seconds", "", "| stage | s |", "| --- | --- |"]

@@ -8,7 +8,7 @@ import numpy as np
 
 from onerec_jax.data.schema import Dataset
 from onerec_jax.data.splits import item_popularity, make_split
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.tokenizer.rq_kmeans import encode, fit_rq_kmeans, spread_last_level
 from onerec_jax.tokenizer.semantic_ids import SemanticIds, default_codebook_size, quality
 from onerec_jax.tokenizer.text import tfidf_vectors
@@ -28,6 +28,10 @@ class TokenizerConfig:
     collisions: Literal["spread", "keep"] = "spread"
     """spread: items that would share an ID take the nearest free codes of the last level."""
     seed: int = 0
+
+    def __post_init__(self):
+        require_at_least(self, "tokenizer.", levels=1, iterations=1, text_dim=1)
+        require_at_least(self, "tokenizer.", codebook_size=0, seed=0)
 
 
 def load_vectors(path: pathlib.Path, num_items: int) -> np.ndarray:

@@ -95,8 +95,18 @@ class Checkpoints:
     def _load(self, step, abstract):
         if self.latest is None:
             raise InputError(f"{self.folder} holds no checkpoint: run experiments.pretrain first")
-        _check_shapes(self, step, abstract["model"])
-        return self._checkpointer.load_checkpointables(step, abstract)
+        try:
+            _check_shapes(self, step, abstract["model"])
+            return self._checkpointer.load_checkpointables(step, abstract)
+        except InputError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise whatever a damaged file meets
+            which = f"step {self.latest if step is None else step}"
+            raise InputError(
+                f"checkpoint {which} in {self.folder} cannot be read "
+                f"({str(error).splitlines()[0][:200]}): delete its folder to go on from an "
+                "earlier one, or use another --run"
+            ) from error
 
     def close(self) -> None:
         self._checkpointer.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.sharding import put_batch
 from onerec_jax.training.checkpoint import Checkpoints
 from onerec_jax.training.metrics import MetricsLog, first_non_finite, mean_rows
@@ -31,10 +31,8 @@ class LoopConfig:
     """Validations without a better score before training stops; 0 = never."""
 
     def __post_init__(self):
-        for name in ("batch_size", "steps", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--train.{flag} {getattr(self, name)} must be at least 1")
+        ones = dict.fromkeys(("batch_size", "steps", "log_every", "validate_every"), 1)
+        require_at_least(self, "train.", **ones, patience=0)
 
 
 @dataclasses.dataclass

@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import optax
 
+from onerec_jax.errors import require_at_least
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -22,6 +24,10 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.98
+
+    def __post_init__(self):
+        zeros = ("learning_rate", "warmup_steps", "final_fraction", "weight_decay", "clip_norm")
+        require_at_least(self, "optimizer.", **dict.fromkeys(zeros, 0))
 
 
 def learning_rate_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -69,11 +69,11 @@ def test_spec_of_bare_sequences():
     )
     spec = spec_of(bare)
     assert spec == helpers.bare_spec(num_items=12)
-    log = action_log(bare, spec)
+    log = action_log(bare, make_split(bare), spec)
     assert (log.time_s, log.playtime, log.label) == (None, None, None)
     assert log.static.shape == (bare.num_users, 0)
     assert log.positive.all()  # a bare action is positive by itself
-    features = item_features(bare, helpers.random_ids(12), spec)
+    features = item_features(bare, make_split(bare), helpers.random_ids(12), spec)
     assert (features.tags, features.author, features.duration) == (None, None, None)
 
 
@@ -85,7 +85,7 @@ def test_rating_values_come_from_the_training_part_only():
     series = pl.Series("rating", changed, dtype=pl.Float32)
     other = dataclasses.replace(dataset, interactions=dataset.interactions.with_columns(series))
     assert spec_of(other) == spec_of(dataset)
-    label = action_log(other, spec_of(other)).label
+    label = action_log(other, make_split(other), spec_of(other)).label
     assert (label[~training][:, 2:] == 0).all()  # an unknown rating sets no bit
 
 
@@ -106,7 +106,7 @@ def test_every_rating_value_finds_its_bit():
     thirds = pl.Series("rating", (np.arange(count) % 4) / 3, dtype=pl.Float32)
     dataset = dataclasses.replace(dataset, interactions=dataset.interactions.with_columns(thirds))
     spec = spec_of(dataset)
-    label = action_log(dataset, spec).label
+    label = action_log(dataset, make_split(dataset), spec).label
     bits = [i for i, name in enumerate(spec.labels) if name.startswith("rating=")]
     np.testing.assert_array_equal(label[:, bits].sum(1), 1)
 
@@ -119,7 +119,7 @@ def test_table_for_another_data_set():
 def test_item_arrays_against_loops():
     dataset, ids = helpers.full_dataset(), helpers.random_ids(12)
     spec = spec_of(dataset, ids)
-    features = item_features(dataset, ids, spec)
+    features = item_features(dataset, make_split(dataset), ids, spec)
     np.testing.assert_array_equal(features.sid, ids.sids)
     assert features.tags.shape == (12, spec.tags_per_item)
     authors = sorted({a for a in dataset.items["author_id"].to_list() if a})
@@ -141,7 +141,7 @@ def test_an_item_of_many_tags_keeps_the_most_frequent():
     dataset, ids = dataclasses.replace(dataset, items=items), helpers.random_ids(12)
     spec = spec_of(dataset, ids)
     assert spec.tags_per_item == 8
-    features = item_features(dataset, ids, spec)
+    features = item_features(dataset, make_split(dataset), ids, spec)
     names = {spec.tags[index - 1] for index in features.tags[0]}
     assert names == {f"t{i}" for i in range(4, 12)}
 
@@ -149,7 +149,7 @@ def test_an_item_of_many_tags_keeps_the_most_frequent():
 def test_action_arrays_against_loops():
     dataset = helpers.full_dataset()
     spec = spec_of(dataset)
-    log = action_log(dataset, spec)
+    log = action_log(dataset, make_split(dataset), spec)
     np.testing.assert_array_equal(log.offsets, dataset.offsets)
     np.testing.assert_array_equal(log.item, dataset.item_rows)
     for n, action in enumerate(dataset.interactions.iter_rows(named=True)):
@@ -176,8 +176,10 @@ def test_positive_actions_against_loops():
         watched = bool(duration) and playtime is not None and playtime >= 0.5 * duration
         liked, rating = action["like"] == 1, action["rating"]
         expected.append(liked or watched or (rating is not None and rating >= 4))
-    actual = positive_actions(dataset, rule)
+    actual = positive_actions(dataset, make_split(dataset), rule)
     np.testing.assert_array_equal(actual, expected)
     assert 0 < actual.mean() < 1
-    only = positive_actions(dataset, dataclasses.replace(rule, min_rating=9, min_watch_ratio=1e9))
+    only = positive_actions(
+        dataset, make_split(dataset), dataclasses.replace(rule, min_rating=9, min_watch_ratio=1e9)
+    )
     assert only.sum() == sum(v == 1 for v in dataset.interactions["like"].to_list())

@@ -30,7 +30,11 @@ PATHWAYS = ("short", "positive", "lifelong")
 def builder_of(dataset, spec=None):
     ids = helpers.random_ids(dataset.num_items)
     spec = spec or build_feature_spec(dataset, make_split(dataset), ids, PositiveRule())
-    return BatchBuilder(action_log(dataset, spec), item_features(dataset, ids, spec), CFG), spec
+    return BatchBuilder(
+        action_log(dataset, make_split(dataset), spec),
+        item_features(dataset, make_split(dataset), ids, spec),
+        CFG,
+    ), spec
 
 
 def every_position(log):

@@ -1,5 +1,6 @@
 """Building, saving and loading data sets."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -78,17 +79,26 @@ def test_string_ids_sort_as_strings():
     assert dataset.item_rows.tolist() == [1, 0]
 
 
-def test_fingerprint_follows_ids_and_order_only():
+def test_fingerprint_follows_everything_that_is_computed_from():
+    """Stages reuse what they made for a data set only if nothing of it has changed."""
     rows = {"user_id": [1, 1, 1], "item_id": [10, 2, 9]}
-    same = build({**rows, "rating": [1.0, 2.0, 3.0]})
-    assert build(rows).fingerprint == same.fingerprint
-    others = [
+    assert build(rows).fingerprint == build(rows).fingerprint
+    texts = pl.DataFrame({"item_id": [2, 9, 10], "text": ["a", "b", "c"]})
+    datasets = [
+        build(rows),
+        build({**rows, "rating": [1.0, 2.0, 3.0]}),
+        build({**rows, "rating": [1.0, 2.0, 4.0]}),
+        build({**rows, "time_s": [1, 2, 3]}),
         build({**rows, "item_id": [2, 10, 9]}),
         build({**rows, "user_id": [1, 1, 2]}),
         build({**rows, "user_id": [2, 2, 2]}),
         build(rows, items=pl.DataFrame({"item_id": [2, 9, 10, 11]})),
+        build(rows, items=texts),
+        build(rows, items=texts.with_columns(text=pl.Series(["a", "b", "d"]))),
     ]
-    assert len({dataset.fingerprint for dataset in (same, *others)}) == 5
+    assert len({dataset.fingerprint for dataset in datasets}) == len(datasets)
+    other_split = dataclasses.replace(build(rows), meta={**build(rows).meta, "split": "time"})
+    assert other_split.fingerprint != build(rows).fingerprint
 
 
 def test_save_and_load_agree(tmp_path):

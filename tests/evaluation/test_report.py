@@ -37,6 +37,7 @@ def report():
             "item": result(0.21),
             "id": result(0.22),
             "legality_unmasked": 0.876,
+            "beam_width": 64,
             "coverage": 0.432,
         },
         "baselines": {
