@@ -59,11 +59,11 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = ("d_model", "encoder_layers", "decoder_layers", "num_heads", "ff_dim", "expert_dim")
-        lengths = ("short_length", "positive_length", "lifelong_queries", "lifelong_blocks")
-        widths = ("author_dim", "feature_dim", "static_dim")
-        zeros = ("num_experts", "capacity_factor", "router_bias_rate", "lifelong_length", "dropout")
-        require_at_least(self, "model.", **dict.fromkeys(sizes + lengths + widths, 1))
-        require_at_least(self, "model.", **dict.fromkeys(zeros, 0))
+        widths = ("author_dim", "feature_dim", "static_dim", "lifelong_queries", "lifelong_blocks")
+        lengths = ("short_length", "positive_length", "lifelong_length")
+        zeros = ("num_experts", "capacity_factor", "router_bias_rate", "dropout")
+        require_at_least(self, "model.", **dict.fromkeys(sizes + widths, 1))
+        require_at_least(self, "model.", **dict.fromkeys(zeros + lengths, 0))
         if self.d_model % self.num_heads:
             raise InputError(
                 f"--model.d-model {self.d_model} is no multiple of --model.num-heads "

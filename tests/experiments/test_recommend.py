@@ -29,7 +29,7 @@ def test_for_a_user_of_the_data(trained, capsys):
     run([trained.folder, "--user", "u3", "--n", 4])
     printed = capsys.readouterr().out
     first = printed.splitlines()[0]
-    assert first.startswith(f"latest of {len(items)}: ")
+    assert first.startswith(f"history, {len(items)} actions, … ")
     assert first.split(": ")[1].split(" | ") == [title(item) for item in items[-5:]]
     found = table_rows(printed)
     assert [row[0] for row in found] == ["1", "2", "3", "4"]
@@ -49,7 +49,7 @@ def test_for_a_history_of_your_own(trained, capsys):
     history = [2, 9, 16, 23, 30]
     run([trained.folder, "--history", ",".join(f"{item + 100}" for item in history), "--n", 3])
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0].startswith("latest of 5: ")
+    assert printed.splitlines()[0].startswith("history, 5 actions, … ")
     assert " | ".join(title(item) for item in history) in printed
     found = table_rows(printed)
     # A bare list has no times, which this model never saw in training: near the top will do.
@@ -88,7 +88,7 @@ def test_more_than_the_catalogue(trained, capsys):
         (["--user", "nobody"], ["--user", "nobody"]),
         (["--history", "100,999"], ["--history", "999"]),
         (["--history", ""], ["--history"]),
-        (["--history", "100,,107"], ["--history"]),
+        (["--history", ", ,"], ["--history"]),
         ([], ["--user", "--history"]),
         (["--user", "u1", "--history", "100"], ["--user", "--history"]),
         (["--user", "u1", "--n", "0"], ["--n"]),
