@@ -30,7 +30,7 @@ def test_for_a_user_of_the_data(trained, capsys):
     printed = capsys.readouterr().out
     first = printed.splitlines()[0]
     assert first.startswith(f"history, {len(items)} actions, … ")
-    assert first.split(": ")[1].split(" | ") == [title(item) for item in items[-5:]]
+    assert first.split("… ")[1].split(" | ") == [title(item) for item in items[-5:]]
     found = table_rows(printed)
     assert [row[0] for row in found] == ["1", "2", "3", "4"]
     following = (items[-1] + STRIDE) % ITEMS
