@@ -53,5 +53,5 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: the same command keeps what is finished", file=sys.stderr)
         raise SystemExit(130) from None
