@@ -44,9 +44,9 @@ def row_of(values, wanted: str, what: str, flag: str) -> int:
 
 def split_ids(text: str) -> list[str]:
     """Item ids between commas."""
-    ids = [part.strip() for part in text.split(",") if part.strip()]
-    if not ids:
-        raise InputError("--history is empty: give item ids separated by commas")
+    ids = [part.strip() for part in text.split(",")]
+    if not all(ids):
+        raise InputError(f"--history '{text}' has an empty id: give item ids between single commas")
     return ids
 
 

@@ -24,7 +24,7 @@ from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import Split, item_popularity, make_split
 from onerec_jax.errors import InputError
 from onerec_jax.evaluation.ranking import tie_order
-from onerec_jax.files import write_text
+from onerec_jax.files import read_json, write_text
 from onerec_jax.generation.generator import Generator
 from onerec_jax.inputs import FeatureSpec
 from onerec_jax.models.onerec import OneRec
@@ -78,9 +78,8 @@ class Run:
         }
         path = folder / "config.json"
         if path.exists():
-            old = json.loads(path.read_text())
-            _refuse_other_settings(folder, old, json.loads(json.dumps(config)))
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            _refuse_other_settings(folder, read_json(path), json.loads(json.dumps(config)))
+        elif folder.exists() and not _only_begun(folder):
             raise InputError(f"--run {folder} exists and is no run folder: give another one")
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -207,6 +206,12 @@ class Run:
             beam_width=beam_width,
             batch_size=batch_size,
         )
+
+
+def _only_begun(folder: pathlib.Path) -> bool:
+    """Whether a folder is empty, or what a kill before `config.json` leaves of a new run."""
+    begun = {"features.json", ".features.json.tmp", ".config.json.tmp"}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= begun
 
 
 def _refuse_other_settings(folder, old: dict, new: dict) -> None:

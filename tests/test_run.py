@@ -183,3 +183,21 @@ def test_settings_hash():
     assert settings_hash(a) == settings_hash(dict(reversed(a.items())))
     assert settings_hash(a) != settings_hash(a | {"x": 2})
     assert len(settings_hash(a)) == 6
+
+
+def test_a_run_killed_before_its_config_was_written_starts_again(place):
+    """A folder with anything of somebody else's is left alone."""
+    run = place.create()
+    (run.folder / "config.json").unlink()
+    assert place.create().folder == run.folder
+    (run.folder / "config.json").unlink()
+    (run.folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is no run folder"):
+        place.create()
+    assert not (run.folder / "config.json").exists()
+
+
+def test_a_damaged_config_is_one_line(place):
+    (place.create().folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json is damaged"):
+        place.create()

@@ -89,6 +89,7 @@ def test_more_than_the_catalogue(trained, capsys):
         (["--history", "100,999"], ["--history", "999"]),
         (["--history", ""], ["--history"]),
         (["--history", ", ,"], ["--history"]),
+        (["--history", "100,,107"], ["--history"]),
         ([], ["--user", "--history"]),
         (["--user", "u1", "--history", "100"], ["--user", "--history"]),
         (["--user", "u1", "--n", "0"], ["--n"]),
