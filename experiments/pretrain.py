@@ -21,8 +21,9 @@ import numpy as np
 import rich.console
 import rich.table
 
-from experiments import evaluate, recommend, tokenize
+from experiments import evaluate, recommend
 from experiments.prepare import PrepareConfig, prepare
+from experiments.tokenize import say, with_alignment_preset
 from onerec_jax import cli
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.data.features import build_feature_spec
@@ -37,12 +38,13 @@ from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.ranking import ranking_metrics
-from onerec_jax.files import file_hash, read_json
+from onerec_jax.files import read_json
 from onerec_jax.inputs import PositiveRule
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.sharding import check_mesh, make_mesh
-from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.tokenizer import report
+from onerec_jax.tokenizer.build import Files, TokenizerConfig, files_key, tokenize
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.training.flops import count_parameters, forward_flops, nominal_inputs
 from onerec_jax.training.loop import Interrupted, LoopConfig, fit
@@ -75,7 +77,11 @@ class PretrainConfig:
     semantic_ids: pathlib.Path | None = None
     """Folder from experiments.tokenize; default: made with the --tokenizer flags."""
     vectors: pathlib.Path | None = None
-    """Item vectors for the semantic IDs, .npy [items, D]; default: from the item text."""
+    """Item vectors for the semantic IDs, .npy or .parquet; default: from the item text."""
+    tokens: pathlib.Path | None = None
+    """Several vectors an item for the semantic IDs, .npz; see experiments.tokenize."""
+    pairs: pathlib.Path | None = None
+    """Item pairs to align the semantic IDs by, .parquet; default: mined from the data set."""
     run: pathlib.Path | None = None
     """Run folder; default: runs/DATA-PRESET-HASH, one for each set of flags."""
     seed: int = 0
@@ -113,7 +119,9 @@ DEMO = {
 def settings(config: PretrainConfig) -> dict:
     """All that the result depends on, as JSON; the mesh may change between sessions."""
     values = dataclasses.asdict(config)
-    for name in ("run", "mesh", "describe", "evaluation", "data", "semantic_ids", "vectors"):
+    apart = ("run", "mesh", "describe", "evaluation", "data")
+    # How the IDs were made matters through the IDs, whose fingerprint is part of the run.
+    for name in (*apart, "semantic_ids", "vectors", "tokens", "pairs", "tokenizer"):
         del values[name]
     return json.loads(json.dumps(values))
 
@@ -132,23 +140,28 @@ def find_data(config: PretrainConfig) -> pathlib.Path:
     return folder
 
 
-def find_semantic_ids(config: PretrainConfig, dataset: Dataset) -> pathlib.Path:
+def find_semantic_ids(config: PretrainConfig, dataset: Dataset, mesh) -> pathlib.Path:
     """The folder of semantic IDs; made if none is named and these settings have none yet."""
+    files = Files(config.vectors, config.tokens, config.pairs)
     if config.semantic_ids is not None:
-        if config.vectors is not None:
-            raise InputError("--vectors makes semantic IDs, --semantic-ids names them: give one")
+        if files != Files():
+            raise InputError(
+                "--vectors, --tokens and --pairs make semantic IDs, --semantic-ids names them: "
+                "give one"
+            )
         return config.semantic_ids
     key = {
         "tokenizer": dataclasses.asdict(config.tokenizer),
         "data": dataset.fingerprint,
-        "vectors": config.vectors and file_hash(config.vectors),
+        "files": files_key(files),
     }
     folder = RUNS / "semantic_ids" / f"{dataset.name}-{settings_hash(key)}"
     if not folder.exists():
         print(f"making semantic IDs for {dataset.num_items:,} items")
-        ids = tokenize.tokenize(dataset, config.tokenizer, config.vectors)
-        ids.save(folder)
-        tokenize.show(ids)
+        tokenizer = tokenize(dataset, config.tokenizer, files, mesh=mesh, say=say)
+        tokenizer.save(folder)
+        report.show({**tokenizer.report, "readable": []})
+        print(f"more on them in {folder}/report.md")
     return folder
 
 
@@ -234,8 +247,8 @@ def finished_report(run: Run, config: PretrainConfig) -> dict | None:
     path = run.folder / "report.json"
     if not path.exists():
         return None
-    report = read_json(path)
-    return report if report["evaluation"] == dataclasses.asdict(config.evaluation) else None
+    found = read_json(path)
+    return found if found["evaluation"] == dataclasses.asdict(config.evaluation) else None
 
 
 def show_recommendations(config: PretrainConfig, run: Run, users: int = 3, n: int = 5) -> None:
@@ -299,7 +312,7 @@ def main(config: PretrainConfig) -> None:
     dataset = load_dataset(data_folder)
     seconds["prepare"] = time.perf_counter() - start
     start = time.perf_counter()
-    ids_folder = find_semantic_ids(config, dataset)
+    ids_folder = find_semantic_ids(config, dataset, mesh)
     ids = SemanticIds.load(ids_folder)
     seconds["tokenize"] = time.perf_counter() - start
     run = open_run(config, data_folder, ids_folder, dataset, ids)
@@ -321,25 +334,16 @@ def main(config: PretrainConfig) -> None:
     print(f"more: python -m experiments.recommend {run.folder} --user ID")
 
 
-def preset_of(argv: list[str]) -> str:
-    """The value of --preset, needed before the other flags get their defaults."""
-    for i, flag in enumerate(argv):
-        if flag.startswith("--preset="):
-            return flag.partition("=")[2]
-        if flag == "--preset" and i + 1 < len(argv):
-            return argv[i + 1]
-    return "tiny"
-
-
 def run_command(argv: list[str] | None = None) -> None:
     """The command line; `argv` replaces the process's own flags."""
     argv = sys.argv[1:] if argv is None else argv
-    preset = preset_of(argv)
+    preset = cli.flag_value(argv, "--preset") or "tiny"
     if preset not in PRESETS:
         print(f"error: --preset {preset}: choose one of {', '.join(PRESETS)}", file=sys.stderr)
         raise SystemExit(2)
     changes = DEMO if preset == "tiny" else {}
-    default = PretrainConfig(preset=preset, model=PRESETS[preset], **changes)
+    tokenizer = with_alignment_preset(TokenizerConfig(), argv)
+    default = PretrainConfig(preset=preset, model=PRESETS[preset], tokenizer=tokenizer, **changes)
     cli.run(main, PretrainConfig, prog="python -m experiments.pretrain", default=default, argv=argv)
 
 

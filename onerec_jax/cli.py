@@ -9,6 +9,16 @@ from typing import Any
 from onerec_jax.errors import InputError
 
 
+def flag_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that decides the defaults of others, before they are parsed."""
+    for i, word in enumerate(argv):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
 def run(
     main: Callable[[Any], Any],
     config_type: type,

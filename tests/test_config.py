@@ -14,6 +14,7 @@ from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import InputError
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.tokenizer.rq_kmeans import KMeansConfig
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig
 
@@ -65,6 +66,16 @@ def test_presets_build(name):
         (lambda: ModelConfig(dropout=-0.1), "--model.dropout -0.1"),
         (lambda: TokenizerConfig(levels=0), "--tokenizer.levels 0"),
         (lambda: TokenizerConfig(codebook_size=-3), "--tokenizer.codebook-size -3"),
+        (lambda: KMeansConfig(iterations=0), "--tokenizer.kmeans.iterations 0"),
+        (lambda: KMeansConfig(chunk=-1), "--tokenizer.kmeans.chunk -1"),
+        (
+            lambda: KMeansConfig(assignment="balanced", mini_batch=64),
+            "--tokenizer.kmeans.mini-batch works with --tokenizer.kmeans.assignment plain",
+        ),
+        (
+            lambda: KMeansConfig(assignment="sweep", restarts=2),
+            "--tokenizer.kmeans.restarts works with --tokenizer.kmeans.assignment plain",
+        ),
         (lambda: LoopConfig(log_every=0), "--train.log-every 0"),
         (lambda: OptimizerConfig(learning_rate=float("nan")), "--optimizer.learning-rate nan"),
         (lambda: EvaluationConfig(beam_width=0), "--evaluation.beam-width 0"),

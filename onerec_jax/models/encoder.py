@@ -21,6 +21,7 @@ from onerec_jax.models.layers import (
     partitioned,
     rms_norm,
 )
+from onerec_jax.models.qformer import QFormer
 
 
 def embed_sid(table_vd, sid, codebook_size):
@@ -94,36 +95,26 @@ class PathwayMLP(nn.Module):
 
 
 class LifelongQFormer(nn.Module):
-    """Compresses the lifelong history into a fixed number of tokens (report, section 2.2.1).
-
-    Blocks of cross-attention and feed-forward. The report prints neither residuals nor norms around
-    the attention; pre-norm residual blocks are our choice.
-    """
+    """Compresses the lifelong history into a fixed number of tokens (report, section 2.2.1)."""
 
     cfg: ModelConfig
     dtype: Dtype
 
-    @nn.compact
+    def setup(self):
+        cfg = self.cfg
+        self.qformer = QFormer(
+            cfg.lifelong_queries,
+            cfg.lifelong_blocks,
+            cfg.num_heads,
+            cfg.ff_dim,
+            self.dtype,
+            cfg.attention,
+        )
+        nn.share_scope(self, self.qformer)  # no level of its own in the parameter tree
+
     def __call__(self, v_btd, length_b):
         """`[B, T, D]`, int32 `[B]` -> `[B, Q, D]`."""
-        cfg = self.cfg
-        query = self.param(
-            "query", *embedding(cfg.lifelong_queries, cfg.d_model, axes=(None, "embed"))
-        )
-        h = jnp.broadcast_to(
-            query.astype(self.dtype), (v_btd.shape[0], cfg.lifelong_queries, cfg.d_model)
-        )
-        v = rms_norm(dtype=self.dtype, name="norm_kv")(v_btd)
-        for i in range(cfg.lifelong_blocks):
-            maps = Projections(cfg.d_model, cfg.num_heads, self.dtype, name=f"attention_{i}")
-            q = maps.q(rms_norm(dtype=self.dtype, name=f"norm_attention_{i}")(h))
-            y = attention(
-                q, maps.k(v), maps.v(v), key_length_b=length_b, implementation=cfg.attention
-            )
-            h = h + maps.o(y)
-            x = rms_norm(dtype=self.dtype, name=f"norm_ff_{i}")(h)
-            h = h + FeedForward(cfg.ff_dim, self.dtype, name=f"ff_{i}")(x)
-        return h
+        return self.qformer(v_btd, length_b)
 
 
 class EncoderBlock(nn.Module):

@@ -1,135 +1,276 @@
 """Residual k-means: level after level, the nearest centre and what it leaves over.
 
-OneRec Technical Report (arXiv 2506.13695), section 2.1.2. Plain Lloyd iterations from k-means++;
-distances go through the device in chunks of points.
+OneRec Technical Report (arXiv 2506.13695), section 2.1.2; balanced as in OneRec V0 (arXiv
+2502.18965), Algorithm 1. The clustering itself is in `kmeans.py` and `balanced.py`.
 
-Axes: N points, D width, K centres.
+Axes: N points, D width, K centres, L levels.
 """
 
-import functools
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-CHUNK = 16_384
-"""Points whose distances to all centres are held at once."""
+from onerec_jax.errors import InputError, require_at_least
+from onerec_jax.sharding import make_mesh
+from onerec_jax.tokenizer.balanced import market_kmeans, sweep_kmeans
+from onerec_jax.tokenizer.kmeans import (
+    START_SAMPLE,
+    Points,
+    assign,
+    default_chunk,
+    lloyd,
+    mini_batch_lloyd,
+    start_centres,
+)
 
-
-def nearest(x_nd, centres_kd):
-    """Index of the nearest centre, int32 `[N]`, and the squared distance to it, `[N]`."""
-    norm_k = (centres_kd**2).sum(-1)
-
-    def chunk(x_d):
-        # |x|^2 is the same for all centres; full float32, for tf32 moves assignments.
-        product_k = jnp.einsum("d,kd->k", x_d, centres_kd, precision="highest")
-        distance_k = norm_k - 2 * product_k
-        index = jnp.argmin(distance_k).astype(jnp.int32)
-        return index, jnp.maximum(distance_k[index] + (x_d**2).sum(), 0)
-
-    return jax.lax.map(chunk, x_nd, batch_size=min(CHUNK, x_nd.shape[0]))
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def plus_plus(key, x_nd, k):
-    """k-means++ start (Arthur and Vassilvitskii 2007): far points are likelier. `[K, D]`."""
-    first, key = jax.random.split(key)
-    n = x_nd.shape[0]
-    start = x_nd[jax.random.randint(first, (), 0, n)]
-    centres = jnp.zeros((k, x_nd.shape[1]), x_nd.dtype).at[0].set(start)
-
-    def add(i, carry):
-        centres, distance_n = carry
-        log_weight = jnp.log(distance_n)  # all -inf once every point is a centre: index 0 then
-        point = x_nd[jax.random.categorical(jax.random.fold_in(key, i), log_weight)]
-        closer = jnp.minimum(distance_n, ((x_nd - point) ** 2).sum(-1))
-        return centres.at[i].set(point), closer
-
-    distance = ((x_nd - start) ** 2).sum(-1)
-    return jax.lax.fori_loop(1, k, add, (centres, distance))[0]
+BLOCK_BYTES = 512 << 20
+"""Points that `encode` and `decode` have in hand at once."""
+RUN = 4096
+"""Neighbouring rows that a mini-batch takes together, for the sake of files on disk."""
 
 
-@functools.partial(jax.jit, static_argnames="iterations")
-def lloyd(x_nd, centres_kd, *, iterations):
-    """`iterations` rounds of assign and average; an empty cluster moves to a badly served point."""
-    k = centres_kd.shape[0]
+@dataclasses.dataclass(frozen=True)
+class KMeansConfig:
+    """How one level is clustered."""
 
-    def step(_, centres):
-        index_n, distance_n = nearest(x_nd, centres)
-        count_k = jnp.bincount(index_n, length=k)
-        total_kd = jax.ops.segment_sum(x_nd, index_n, num_segments=k)
-        mean_kd = total_kd / jnp.maximum(count_k, 1)[:, None]
-        _, worst = jax.lax.top_k(distance_n, k)
-        empty = count_k == 0
-        seed_kd = x_nd[worst[jnp.cumsum(empty) - 1]]
-        return jnp.where(empty[:, None], seed_kd, mean_kd)
+    iterations: int = 25
+    """Lloyd iterations a level; passes over the catalogue with --tokenizer.kmeans.mini-batch."""
+    assignment: Literal["plain", "balanced", "sweep"] = "plain"
+    """plain: nearest centre (V1). balanced: every code gets as many items, by prices.
+    sweep: the same by V0's Algorithm 1, which costs more in reconstruction."""
+    slack: float = 0.0
+    """balanced: share by which a code may exceed its fair number of items; 0 = at most one item."""
+    init: Literal["k-means++", "random"] = "k-means++"
+    restarts: int = 1
+    """Starts of each level, of which the one with the least inertia stays (plain only)."""
+    mini_batch: int = 0
+    """Points a mini-batch, for catalogues that do not fit into memory (plain only); 0 = all."""
+    chunk: int = 0
+    """Points whose distances to all centres are held at once; 0 = what suits the device."""
+    precision: Literal["auto", "highest", "high", "default"] = "auto"
+    """Of the products while fitting. auto: tf32 on a GPU, float32 elsewhere. The final assignment
+    and the coding of new items are always float32."""
 
-    return jax.lax.fori_loop(0, iterations, step, centres_kd)
+    def __post_init__(self):
+        ones, zeros = ("iterations", "restarts"), ("slack", "mini_batch", "chunk")
+        prefix = "tokenizer.kmeans."
+        require_at_least(self, prefix, **dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0))
+        if self.assignment != "plain" and (self.mini_batch or self.restarts > 1):
+            flag = "mini-batch" if self.mini_batch else "restarts"
+            raise InputError(
+                f"--tokenizer.kmeans.{flag} works with --tokenizer.kmeans.assignment plain only: "
+                "drop one of them"
+            )
+
+    @property
+    def fit_precision(self) -> str:
+        """Of the products while fitting, on the present backend."""
+        if self.precision != "auto":
+            return self.precision
+        return "default" if jax.default_backend() == "gpu" else "highest"
 
 
-def fit_rq_kmeans(x_nd, *, levels, codebook_size, iterations=25, seed=0) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, eq=False)
+class RQKMeans:
+    """Fitted codebooks and the codes of the points they were fitted on."""
+
+    codebooks: np.ndarray  # float32 [L, K, D]
+    codes: np.ndarray  # int32 [N, L]; the balanced assignment if there is one, else the nearest
+    levels: list[dict]
+    """A level's log: inertia of every iteration, re-seeded and moved points, seconds."""
+
+
+def fit_rq_kmeans(
+    x_nd,
+    *,
+    levels: int,
+    codebook_size: int,
+    cfg: KMeansConfig | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    consume: bool = False,
+) -> RQKMeans:
     """Fits one codebook a level on the residuals of the levels before.
 
     Args:
-      x_nd: float32 `[N, D]` with N >= codebook_size.
+      x_nd: float `[N, D]` with N >= codebook_size: NumPy (a memory map with `cfg.mini_batch`) or
+        JAX.
+      mesh: points are split over its devices; default: one device.
+      say: takes lines of progress.
+      consume: `x_nd` is a float32 JAX array that is not needed afterwards; the residuals take its
+        place.
 
-    Returns:
-      Codebooks, float32 `[levels, K, D]`.
+    Raises:
+      InputError: the fit does not fit into the memory of the devices.
     """
-    residual = jnp.asarray(x_nd, jnp.float32)
-    codebooks = []
-    for level in range(levels):
-        key = jax.random.fold_in(jax.random.key(seed), level)
-        centres = lloyd(residual, plus_plus(key, residual, codebook_size), iterations=iterations)
-        codebooks.append(centres)
-        residual = residual - centres[jax.jit(nearest)(residual, centres)[0]]
-    return np.asarray(jnp.stack(codebooks))
+    cfg, mesh = cfg or KMeansConfig(), mesh or make_mesh(data=1)
+    keys = [jax.random.fold_in(jax.random.key(seed), level) for level in range(levels)]
+    refuse_too_large(x_nd.shape, codebook_size, cfg, mesh, consume=consume)
+    if cfg.mini_batch and cfg.mini_batch < x_nd.shape[0]:
+        return _fit_mini_batch(x_nd, keys, codebook_size, cfg, seed, mesh, say)
+    points = Points.place(x_nd, mesh, consume=consume)
+    codebooks, codes, log = [], [], []
+    for level, key in enumerate(keys):
+        begin = time.perf_counter()
+        say(f"level {level + 1} of {levels}: {codebook_size:,} centres, {points.valid:,} points")
+        centres_kd, index_n, entry = _fit_level(points, key, codebook_size, cfg, say)
+        points.subtract(centres_kd, index_n)
+        codebooks.append(np.asarray(centres_kd))
+        codes.append(np.asarray(index_n)[: points.valid])
+        log.append(entry | {"seconds": time.perf_counter() - begin})
+    return RQKMeans(np.stack(codebooks), np.stack(codes, axis=1), log)
 
 
-def encode(x_nd, codebooks_lkd) -> tuple[np.ndarray, np.ndarray]:
-    """Codes int32 `[N, levels]` and reconstruction float32 `[N, D]` of any points."""
-    x = jnp.asarray(x_nd, jnp.float32)
-    residual, codes = x, []
-    for centres in jnp.asarray(codebooks_lkd):
-        index, _ = jax.jit(nearest)(residual, centres)
-        codes.append(np.asarray(index))
-        residual = residual - centres[index]
-    return np.stack(codes, axis=1), np.asarray(x - residual)
+def _fit_level(points: Points, key, k: int, cfg: KMeansConfig, say):
+    """Centres `[K, D]`, the centre of every point (padding included) and a log entry."""
+    options = {"chunk": cfg.chunk, "say": say}
+    if cfg.assignment == "plain":
+        fits = []
+        for restart in range(cfg.restarts):
+            start_kd = start_centres(jax.random.fold_in(key, restart), points, k, cfg.init)
+            fit = lloyd(
+                points,
+                start_kd,
+                iterations=cfg.iterations,
+                precision=cfg.fit_precision,
+                **options,
+            )
+            out = assign(points, fit.centres_kd, chunk=cfg.chunk)
+            total = float(jnp.where(points.known, out.distance_n, 0).sum())
+            fits.append((total, restart, fit, out.index_n))
+        total, _, fit, index_n = min(fits, key=lambda fit: fit[:2])
+        entry = {"inertia": [*fit.inertia, total], "reseeded": fit.reseeded}
+        return fit.centres_kd, index_n, entry
+    start_kd = start_centres(jax.random.fold_in(key, 0), points, k, cfg.init)
+    if cfg.assignment == "balanced":
+        fit = market_kmeans(
+            points,
+            start_kd,
+            iterations=cfg.iterations,
+            slack=cfg.slack,
+            precision=cfg.fit_precision,
+            **options,
+        )
+    else:
+        fit = sweep_kmeans(points, start_kd, seed=int(jax.random.key_data(key)[-1]), say=say)
+    entry = {"inertia": fit.inertia, "moved": fit.moved}
+    return fit.centres_kd, points.padded(fit.index_n, 0), entry
 
 
-def spread_last_level(x_nd, codes_nl, codebooks_lkd, priority_n) -> np.ndarray:
-    """Gives items that share an ID the nearest free codes of the last level.
+def _fit_mini_batch(x_nd, keys, k, cfg: KMeansConfig, seed, mesh, say):
+    """As `fit_rq_kmeans`, with one batch of points on the devices at a time."""
+    n = x_nd.shape[0]
+    rng = np.random.default_rng(seed)
+    codebooks, log = [], []
 
-    The prefix stays, so items keep their neighbourhood; only the finest distinction moves to the
-    next nearest centre. Within a prefix items choose in order of `priority_n`, so the first of a
-    colliding group keeps the nearest centre. A prefix with more items than codes keeps some
-    collisions: all its codes are then taken, and the rest stay where they were.
+    def residuals(rows):
+        points = Points.place(x_nd[rows], mesh)
+        for centres_kd in codebooks:
+            points.subtract(centres_kd, assign(points, centres_kd, chunk=cfg.chunk).index_n)
+        return points
 
-    Args:
-      x_nd: float32 `[N, D]`, the vectors that were coded.
-      codes_nl: int32 `[N, levels]`, from `encode`.
-      priority_n: `[N]`, lower chooses first; popular items should come first.
+    def batches(rng):
+        """All rows once: short runs of neighbours in random order. Batches are of one size."""
+        runs = rng.permutation(-(-n // min(RUN, cfg.mini_batch)))
+        size = min(RUN, cfg.mini_batch)
+        rows = (runs[:, None] * size + np.arange(size)).reshape(-1)
+        rows = rows[rows < n]
+        for begin in range(0, n - cfg.mini_batch + 1, cfg.mini_batch):
+            yield residuals(np.sort(rows[begin : begin + cfg.mini_batch]))
 
-    Returns:
-      Codes int32 `[N, levels]`.
+    for level, key in enumerate(keys):
+        begin = time.perf_counter()
+        say(f"level {level + 1} of {len(keys)}: {k:,} centres, batches of {cfg.mini_batch:,}")
+        sample = min(n, max(min(cfg.mini_batch, k * START_SAMPLE), k))
+        sample = np.sort(rng.choice(n, sample, replace=False))
+        fit = mini_batch_lloyd(
+            batches,
+            start_centres(key, residuals(sample), k, cfg.init),
+            epochs=cfg.iterations,
+            rng=rng,
+            chunk=cfg.chunk,
+            precision=cfg.fit_precision,
+            say=say,
+        )
+        codebooks.append(fit.centres_kd)
+        seconds = time.perf_counter() - begin
+        log.append({"inertia": fit.inertia, "reseeded": fit.reseeded, "seconds": seconds})
+    codebooks = np.stack([np.asarray(centres_kd) for centres_kd in codebooks])
+    return RQKMeans(codebooks, encode(x_nd, codebooks, mesh=mesh, chunk=cfg.chunk), log)
+
+
+def encode(x_nd, codebooks_lkd, *, mesh: Mesh | None = None, chunk: int = 0) -> np.ndarray:
+    """Nearest codes of any points, int32 `[N, L]`, block by block, in float32."""
+    mesh = mesh or make_mesh(data=1)
+    n, d = x_nd.shape
+    block = min(n, max(BLOCK_BYTES // (4 * d), 1))
+    codes_nl = np.empty((n, len(codebooks_lkd)), np.int32)
+    for begin in range(0, n, block):
+        rows = slice(begin, min(begin + block, n))
+        x_bd = x_nd[rows]
+        if len(x_bd) < block:  # one shape, one compilation
+            x_bd = np.pad(np.asarray(x_bd), ((0, block - len(x_bd)), (0, 0)))
+        points = Points.place(x_bd, mesh)
+        for level, centres_kd in enumerate(jnp.asarray(codebooks_lkd)):
+            index_b = assign(points, centres_kd, chunk=chunk).index_n
+            points.subtract(centres_kd, index_b)
+            codes_nl[rows, level] = np.asarray(index_b)[: rows.stop - begin]
+    return codes_nl
+
+
+def decode(codes_nl, codebooks_lkd) -> np.ndarray:
+    """The vectors that codes stand for, float32 `[N, D]`: the sum of their centres."""
+    codebooks_lkd = np.asarray(codebooks_lkd)
+    return sum(codebooks_lkd[level][codes_nl[:, level]] for level in range(len(codebooks_lkd)))
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def device_bytes(
+    shape, codebook_size: int, cfg: KMeansConfig, devices: int = 1, *, consume=False
+) -> int:
+    """Estimate of the largest memory a device needs for a fit.
+
+    Points, or a mini-batch of them; once more while they are copied; the sample of the start;
+    distances and one-hot comparison of a chunk; centres, their sums and update.
     """
-    codes = codes_nl.copy()
-    prefixes, group_n = np.unique(codes[:, :-1], axis=0, return_inverse=True)
-    order = np.lexsort((priority_n, group_n.reshape(-1)))
-    bounds = np.searchsorted(group_n.reshape(-1)[order], np.arange(len(prefixes) + 1))
-    last = codebooks_lkd[-1]
-    for group in range(len(prefixes)):
-        rows = order[bounds[group] : bounds[group + 1]]
-        if len(np.unique(codes[rows, -1])) == len(rows):
-            continue
-        base = sum(codebooks_lkd[i][prefixes[group, i]] for i in range(len(codebooks_lkd) - 1))
-        residual = x_nd[rows] - base
-        distance = (last**2).sum(-1) - 2 * residual @ last.T
-        free = np.ones(len(last), bool)
-        for row, nearest_codes in zip(rows, np.argsort(distance, axis=1), strict=True):
-            choice = nearest_codes[free[nearest_codes]]
-            if not len(choice):
-                break
-            codes[row, -1] = choice[0]
-            free[choice[0]] = False
-    return codes
+    (n, d), k = shape, codebook_size
+    n = min(cfg.mini_batch or n, n)
+    rows = -(-n // devices)
+    sample = min(n, k * START_SAMPLE) if cfg.init == "k-means++" else k
+    chunk = min(cfg.chunk or default_chunk(k), rows)
+    start = sample * (d + 2) + sample * 128
+    work = 2 * chunk * k + 2 * chunk * (d + 2)
+    return 4 * (rows * (d + 4) + max(start, work) + 6 * k * (d + 2))
+
+
+def refuse_too_large(shape, codebook_size: int, cfg: KMeansConfig, mesh: Mesh, *, consume) -> None:
+    """Refuses a fit that the devices' memory cannot hold, where they tell how much they have.
+
+    Raises:
+      InputError: with the estimate and the flags to change.
+    """
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    need = device_bytes(shape, codebook_size, cfg, mesh.devices.size, consume=consume)
+    if limit and need > limit:
+        raise InputError(too_large(shape, codebook_size, cfg, mesh, f"has {limit / 1e9:.1f} GB"))
+
+
+def too_large(shape, codebook_size: int, cfg: KMeansConfig, mesh: Mesh, have: str) -> str:
+    """One line on memory, for an InputError."""
+    need = device_bytes(shape, codebook_size, cfg, mesh.devices.size) / 1e9
+    chunk = cfg.chunk or default_chunk(codebook_size)
+    return (
+        f"k-means of {shape[0]:,} x {shape[1]} points with {codebook_size:,} centres needs about "
+        f"{need:.1f} GB a device, which {have}: lower --tokenizer.kmeans.chunk (now {chunk:,}), "
+        "use more devices or set --tokenizer.kmeans.mini-batch"
+    )

@@ -9,8 +9,9 @@ import pathlib
 import numpy as np
 
 from onerec_jax.errors import InputError
-from onerec_jax.files import atomic_folder
+from onerec_jax.files import atomic_folder, file_hash
 
+FORMAT = "onerec_jax semantic ids, version 2"
 MIN_CODEBOOK, MAX_CODEBOOK = 16, 8192
 
 
@@ -23,14 +24,32 @@ def default_codebook_size(num_items: int) -> int:
     return int(np.clip(size, MIN_CODEBOOK, MAX_CODEBOOK))
 
 
+def sid_keys(sids, codebook_size: int) -> np.ndarray:
+    """One int64 an ID, int `[..., levels]` -> `[...]`, in the same order as the IDs.
+
+    Raises:
+      InputError: there are more IDs than int64 holds.
+    """
+    levels = np.shape(sids)[-1]
+    if codebook_size**levels >= 2**63:
+        raise InputError(f"{levels} levels of {codebook_size} codes are too many: use fewer")
+    radix = codebook_size ** np.arange(levels - 1, -1, -1, dtype=np.int64)
+    return np.asarray(sids, np.int64) @ radix
+
+
 @dataclasses.dataclass(frozen=True)
 class SemanticIds:
     """Codes of every item, with the codebooks that made them."""
 
-    sids: np.ndarray  # int32 [items, levels], row = item row
+    sids: np.ndarray
+    """int32 [items, levels], row = item row; a level more than codebooks if a code is appended."""
     codebooks: np.ndarray  # float32 [levels, codebook_size, D]
     manifest: dict
-    """Data set fingerprint, origin of the vectors, seed, settings, quality."""
+    """Data set fingerprint, origin of the vectors, settings, versions, quality."""
+    codes: np.ndarray | None = None
+    """int32 [items, levels], nearest codes, before balancing and before collisions are resolved."""
+    item_ids: np.ndarray | None = None
+    """int64 or string [items], ids of the items table in row order."""
 
     @property
     def levels(self) -> int:
@@ -48,7 +67,10 @@ class SemanticIds:
 
     @functools.cached_property
     def _unique(self):
-        return np.unique(self.sids, axis=0, return_inverse=True)
+        _, first, leaf = np.unique(
+            sid_keys(self.sids, self.codebook_size), return_index=True, return_inverse=True
+        )
+        return self.sids[first], leaf
 
     @property
     def leaf_sids(self) -> np.ndarray:
@@ -62,10 +84,9 @@ class SemanticIds:
 
     def find(self, sids: np.ndarray) -> np.ndarray:
         """Leaf of each ID, int `[..., levels]` -> int32 `[...]`; -1 where no item has it."""
-        radix = self.codebook_size ** np.arange(self.levels - 1, -1, -1, dtype=np.int64)
-        known = self.leaf_sids @ radix
+        known = sid_keys(self.leaf_sids, self.codebook_size)
         sids = np.asarray(sids, np.int64)
-        key = sids @ radix
+        key = sid_keys(sids, self.codebook_size)
         place = np.minimum(np.searchsorted(known, key), len(known) - 1)
         codes = (sids >= 0) & (sids < self.codebook_size)  # others would alias a neighbour
         legal = (known[place] == key) & codes.all(-1)
@@ -84,51 +105,52 @@ class SemanticIds:
         counts = np.bincount(self.leaf_of_item, minlength=len(self.leaf_sids))
         return np.concatenate([[0], np.cumsum(counts)]), items
 
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes the files of the table into an existing folder."""
+        arrays = {"sids": self.sids, "codebooks": self.codebooks}
+        optional = {"codes": self.codes, "item_ids": self.item_ids}
+        arrays |= {name: array for name, array in optional.items() if array is not None}
+        for name, array in arrays.items():
+            if array.dtype == object:  # strings from polars, which NumPy would pickle
+                array = array.astype(np.str_)
+            np.save(folder / f"{name}.npy", array)
+        manifest = self.manifest | {"format": FORMAT, "fingerprint": self.fingerprint}
+        manifest["files"] = {f"{name}.npy": file_hash(folder / f"{name}.npy") for name in arrays}
+        (folder / "semantic_ids.json").write_text(json.dumps(manifest, indent=1))
+
     def save(self, folder: pathlib.Path) -> None:
         """Writes the table; the folder appears whole or not at all."""
         with atomic_folder(folder) as tmp:
-            np.save(tmp / "sids.npy", self.sids)
-            np.save(tmp / "codebooks.npy", self.codebooks)
-            (tmp / "semantic_ids.json").write_text(json.dumps(self.manifest, indent=1))
+            self.write(tmp)
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "SemanticIds":
         """Reads a table.
 
         Raises:
-          InputError: the folder is missing or incomplete.
+          InputError: the folder is missing, incomplete, of another format, or its files are not
+            those that were written together.
         """
         folder = pathlib.Path(folder)
+        again = "make them with `python -m experiments.tokenize`"
         try:
             manifest = json.loads((folder / "semantic_ids.json").read_text())
-            return cls(np.load(folder / "sids.npy"), np.load(folder / "codebooks.npy"), manifest)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"{folder} holds no semantic IDs ({error}): make them with "
-                "`python -m experiments.tokenize`"
-            ) from error
-
-
-def quality(sids, codebook_size, vectors, reconstruction) -> dict:
-    """How good a table is.
-
-    Returns:
-      `reconstruction_loss` (mean squared error a dimension), per level `utilisation` (share of the
-      codebook in use) and `entropy` (nats), `distinct_ids`, `collision_rate` (1 - distinct /
-      items) and `largest_collision` (items on one ID). Report, section 4.4; spec 2.3.
-    """
-    _, counts = np.unique(sids, axis=0, return_counts=True)
-    utilisation, entropy = [], []
-    for level in range(sids.shape[1]):
-        share = np.bincount(sids[:, level], minlength=codebook_size) / len(sids)
-        used = share[share > 0]
-        utilisation.append(float(len(used) / codebook_size))
-        entropy.append(float(-(used * np.log(used)).sum()))
-    return {
-        "reconstruction_loss": float(((vectors - reconstruction) ** 2).mean()),
-        "utilisation": utilisation,
-        "entropy": entropy,
-        "distinct_ids": len(counts),
-        "collision_rate": float(1 - len(counts) / len(sids)),
-        "largest_collision": int(counts.max()),
-    }
+            if manifest.get("format") != FORMAT:
+                raise InputError(
+                    f"{folder}: holds semantic IDs of the format '{manifest.get('format')}', not "
+                    f"'{FORMAT}': {again}"
+                )
+            arrays = {}
+            for name, digest in manifest["files"].items():
+                if not (folder / name).is_file() or file_hash(folder / name) != digest:
+                    raise InputError(
+                        f"{folder / name}: is not the file that was written with "
+                        f"semantic_ids.json: {again}"
+                    )
+                arrays[name.removesuffix(".npy")] = np.load(folder / name)
+            ids = cls(**arrays, manifest=manifest)
+        except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder} holds no semantic IDs ({error}): {again}") from error
+        if ids.fingerprint != manifest.get("fingerprint"):
+            raise InputError(f"{folder}: semantic_ids.json belongs to other codes: {again}")
+        return ids

@@ -1,6 +1,8 @@
 """`python -m experiments.pretrain`: the whole chain, killed and resumed, and its bad input."""
 
+import dataclasses
 import json
+import pathlib
 import signal
 import time
 
@@ -13,6 +15,9 @@ from experiments import evaluate, pretrain, recommend
 from experiments.prepare import PrepareConfig, prepare
 from onerec_jax import cli
 from onerec_jax.run import Run
+from onerec_jax.sharding import make_mesh
+from onerec_jax.tokenizer.alignment import ALIGNMENT_PRESETS
+from onerec_jax.tokenizer.build import Tokenizer
 
 # --------------------------------------------------------------------------- a run from end to end
 
@@ -100,7 +105,7 @@ def test_the_default_run_folder_depends_on_flags_data_and_ids(trained, in_world)
     def folder(*flags):
         config = parse(["--data", str(in_world / "data"), *FLAGS, *flags])
         data = pretrain.load_dataset(config.data)
-        ids_folder = pretrain.find_semantic_ids(config, data)
+        ids_folder = pretrain.find_semantic_ids(config, data, make_mesh(1))
         ids = pretrain.SemanticIds.load(ids_folder)
         return pretrain.open_run(config, config.data, ids_folder, data, ids).folder
 
@@ -108,7 +113,55 @@ def test_the_default_run_folder_depends_on_flags_data_and_ids(trained, in_world)
     assert folder("--mesh.data", "2", "--evaluation.beam-width", "8") == first
     assert folder("--seed", "1") != first
     assert folder("--train.steps", "61") != first
+    # Flags of the tokenizer matter through the IDs that come of them.
+    assert folder("--tokenizer.kmeans.chunk", "7") == first
+    assert folder("--tokenizer.seed", "1") != first
     assert first.parent.name == "runs"
+
+
+def test_how_ids_were_made_is_no_setting():
+    """An extended table, or one made elsewhere, has no flags of pretraining."""
+    values = pretrain.settings(parse([]))
+    assert not {"tokenizer", "vectors", "tokens", "pairs", "semantic_ids", "run"} & set(values)
+    assert {"model", "train", "optimizer", "positive", "seed", "preset"} <= set(values)
+    flags = ["--tokenizer.align", "tiny", "--vectors", "v.npy", "--pairs", "p.parquet"]
+    assert pretrain.settings(parse(flags)) == values
+    json.dumps(values)
+
+
+def test_other_ids_under_a_run_are_refused(trained, in_world, refused):
+    """Settings alone would not tell: the fingerprint of the IDs does."""
+    before = tree(trained.folder)
+    message = refused(pretrain.run_command, *trained.flags, "--tokenizer.seed", 1)
+    assert "semantic_ids.fingerprint" in message
+    assert tree(trained.folder) == before
+
+
+@pytest.mark.parametrize("flag", ["--vectors", "--tokens", "--pairs"])
+def test_files_for_ids_that_are_there(in_world, tmp_path, refused, flag):
+    ids = in_world / "runs" / "semantic_ids" / "any"
+    flags = ["--data", in_world / "data", "--semantic-ids", ids, "--run", tmp_path / "run", *FLAGS]
+    message = refused(pretrain.run_command, *flags, flag, tmp_path / "file")
+    assert flag in message
+    assert "--semantic-ids" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_made_on_the_way_are_a_whole_tokenizer(trained, in_world):
+    """They can be extended, and their report lies beside them."""
+    folder = Run.open(trained.folder).config["semantic_ids"]["folder"]
+    assert Tokenizer.load(folder).ids.fingerprint == Run.open(trained.folder).ids.fingerprint
+    assert "report.md" in trained.printed
+    for name in ("report.md", "report.json", "codes.png"):
+        assert (pathlib.Path(folder) / name).exists()
+
+
+def test_alignment_presets(in_world):
+    """As in experiments.tokenize."""
+    cfg = parse(["--tokenizer.align", "tiny", "--tokenizer.alignment.steps", 9]).tokenizer
+    assert cfg.align == "tiny"
+    assert cfg.alignment == dataclasses.replace(ALIGNMENT_PRESETS["tiny"], steps=9)
+    assert parse([]).tokenizer == pretrain.TokenizerConfig()
 
 
 def parse(flags):
@@ -236,6 +289,8 @@ def test_flags_that_fit_nothing(in_world, tmp_path, refused):
         "--mesh.expert 3": ["--mesh.data", 1, "--mesh.expert", 3, "--train.batch-size", 63],
         "--tokenizer.codebook-size": ["--tokenizer.codebook-size", 41],
         "--vectors": ["--vectors", tmp_path / "no.npy"],
+        "--tokens": ["--tokens", tmp_path / "no.npz"],
+        "--pairs": ["--pairs", in_world / "source" / "log.csv"],
         "--data": ["--data", tmp_path / "nowhere"],
         "--semantic-ids": ["--semantic-ids", tmp_path / "nowhere"],
         "--preset": ["--preset", "huge"],
@@ -284,7 +339,7 @@ def test_a_run_with_other_settings_is_not_touched(trained, in_world, refused):
 
 def test_semantic_ids_of_another_data_set(trained, in_world, tmp_path, refused):
     other = make_data(tmp_path / "source", tmp_path / "other", seed=1)
-    (ids,) = (in_world / "runs" / "semantic_ids").glob("log-*")
+    ids = Run.open(trained.folder).config["semantic_ids"]["folder"]
     run = tmp_path / "run"
     message = refused(
         pretrain.run_command, "--data", other, "--semantic-ids", ids, "--run", run, *FLAGS
