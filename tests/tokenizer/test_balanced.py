@@ -151,7 +151,7 @@ def test_prices_against_loops():
     index = np.repeat([0, 1, 2, 4, 5, 6, 7], [26, 25, 90, 10, 27, 24, 1]).astype(np.int32)
     index, margin = rng.permutation(index), rng.random(N).astype(np.float32)
     price = rng.standard_normal(K).astype(np.float32)
-    padded = np.concatenate([index, [2] * 5]).astype(np.int32), np.append(margin, [0.001] * 5)
+    padded = np.concatenate([index, [2] * 5]).astype(np.int32), np.append(margin, [9] * 5)
     out = Assignment(padded[0], None, jnp.asarray(padded[1], jnp.float32), None)
     new = balanced._new_prices(price, out, N, N / K)
     np.testing.assert_allclose(new, prices_by_loops(price, index, margin, N / K), atol=1e-6)

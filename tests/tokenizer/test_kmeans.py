@@ -399,6 +399,9 @@ def test_lloyd_ends_where_scikit_learn_does():
     before = lloyd(Points.place(x), start, iterations=rounds - 2)
     assert len(before.inertia) == rounds - 2
     assert (np.asarray(before.centres_kd) != fit.centres_kd).any()
+    tiny = np.float32(2**-14)  # what counts as settled does not depend on the unit
+    small = lloyd(Points.place(x * tiny), start * tiny, iterations=100)
+    np.testing.assert_array_equal(small.centres_kd, fit.centres_kd * tiny)
 
 
 def test_eight_devices_do_what_one_does():
@@ -420,17 +423,17 @@ def test_one_iteration_by_hand():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_empty_clusters_move_to_the_worst_served_points(devices):
-    x = np.array([[0.0], [1.0], [3.0], [30.0]])
-    far = jnp.array([[1.0], [500.0], [900.0]])
+    x = np.array([[100.0], [101.0], [103.0], [130.0]])
+    far = jnp.array([[101.0], [600.0], [900.0]])
     # Nobody is nearest to the last two: they take the points at distances 29^2 and 2^2. Padding,
-    # at distance 1, is no candidate.
+    # at distance 101^2, is no candidate.
     points = Points.place(x, make_mesh(devices))
     fit = lloyd(points, far, iterations=1)
-    np.testing.assert_array_equal(fit.centres_kd, [[8.5], [30], [3]])
+    np.testing.assert_array_equal(fit.centres_kd, [[108.5], [130], [103]])
     assert fit.reseeded == 2
     settled = lloyd(points, far, iterations=10)
     assert len(settled.inertia) < 10
-    np.testing.assert_array_equal(np.sort(settled.centres_kd, axis=0), [[0.5], [3], [30]])
+    np.testing.assert_array_equal(np.sort(settled.centres_kd, axis=0), [[100.5], [103], [130]])
 
 
 def test_more_empty_clusters_than_points():
@@ -516,3 +519,16 @@ def test_mini_batches_reseed_what_an_epoch_left_empty():
     assert second.reseeded == 2
     np.testing.assert_allclose(second.centres_kd[1:], [[30], [4 / 3]])
     np.testing.assert_allclose(second.inertia, [1 + 0 + 4 + 841, 9 + 4 + 0 + 0])
+
+
+def test_a_reseeded_centre_forgets():
+    """A point in the first epoch, none in the second, then a mean of new points only."""
+    epochs = iter([[[0.0], [100.0]], [[0.0], [2.0]], [[0.0], [3.0]]])
+    fit = mini_batch_lloyd(
+        lambda rng: [Points.place(np.array(next(epochs)))],
+        jnp.array([[1.0], [99.0]]),
+        epochs=3,
+        rng=np.random.default_rng(0),
+    )
+    assert fit.reseeded == 1
+    np.testing.assert_allclose(fit.centres_kd, [[0.5], [3]])

@@ -167,8 +167,8 @@ def test_long_texts_are_cut(encoder):
 def test_states_that_overflow_float16(encoder, monkeypatch):
     import torch
 
-    row = {"token_embeddings": torch.full((2, 4), 1e6), "attention_mask": torch.tensor([1, 1])}
-    monkeypatch.setattr(encoder.model, "encode", lambda texts, **_: [row] * len(texts))
+    states = torch.full((2, 4), 1e6)
+    monkeypatch.setattr(encoder.model, "encode", lambda texts, **_: [states] * len(texts))
     refused(encoder.tokens, ["a"], match="row 0 are not finite in float16: .* or float32")
     assert encoder.tokens(["a"], dtype=np.float32).values.max() == 1e6
 
