@@ -4,8 +4,8 @@ Two ways to the same end. `sweep_kmeans` is OneRec V0's Algorithm 1 (arXiv 2502.
 turns, each takes its N / K nearest points of those that are left. `market_kmeans` lets all centres
 choose at once: a centre with too many points raises its price until the excess goes to its second
 choice (Bertsekas' auction for the transport problem), which costs far less in distance; a last step
-moves the few points that are still too many. On Beauty's text vectors prices lose nothing against
-plain k-means, the sweep loses a tenth (docs/tokenizer.md).
+moves the points that are still too many. docs/tokenizer.md has what either loses against plain
+k-means.
 
 Axes: N points, D width, K centres.
 """
@@ -32,8 +32,10 @@ SWEEP_CELLS = 1 << 28
 """Largest N × K of Algorithm 1, which holds all distances: 1 GiB."""
 ROUNDS = 3
 """Price changes between two moves of the centres."""
-LAST_ROUNDS = 10
-"""Price changes after the last move."""
+LAST_ROUNDS = 100
+"""Price changes after the last move, at most."""
+LAST_EXCESS = 1e-3
+"""Share of the points that may be too many for their centres when price changes end."""
 RAISE, LOWER = 0.3, 0.3
 """Share of the full price change that is made; all centres move at once, so less is steadier."""
 
@@ -171,13 +173,16 @@ def market_kmeans(
     chunk = chunk or default_chunk(k)
     price_k, inertia, clock = jnp.zeros(k), [], Clock(say)
     for i in range(iterations):
-        rounds = ROUNDS if i + 1 < iterations else LAST_ROUNDS
-        for _ in range(rounds):
+        last = i + 1 == iterations
+        for _ in range(LAST_ROUNDS if last else ROUNDS):
             out = assign(points, centres_kd, price_k, chunk=chunk, precision=precision, sums=True)
+            excess = jnp.maximum(out.sums_kd[:, -2] - math.ceil(fair), 0).sum()
+            if last and excess <= LAST_EXCESS * points.valid:
+                break
             price_k = _new_prices(price_k, out, points.valid, fair)
         mean_kd, count_k, total = means(centres_kd, out.sums_kd)
         inertia.append(float(total))
-        if i + 1 < iterations:
+        if not last:
             centres_kd = mean_kd
         clock.tick(i + 1, iterations, f"largest cluster {float(count_k.max()) / fair:.2f} x fair")
     out = assign(points, centres_kd, price_k, chunk=chunk)

@@ -311,7 +311,8 @@ def plus_plus(key, x_nd, k: int, trials: int = 0, proposals: int = PROPOSALS):
     the least distance in all. Drawing them one centre at a time would read all points K times.
     Here many are proposed from the same distances, and each is accepted with the share of its
     squared distance that the centres chosen since have left. That is rejection sampling: what is
-    accepted has exactly the distribution wanted, and one matrix product serves many centres.
+    accepted has the distribution wanted, and one matrix product serves many centres. A centre whose
+    proposals are partly rejected has fewer trials; with one trial it is k-means++ exactly.
 
     Args:
       trials: points a centre; 0 = 2 + ln K, as their paper advises; 1 is plain k-means++.

@@ -239,7 +239,7 @@ def device_bytes(
 ) -> int:
     """Estimate of the largest memory a device needs for a fit.
 
-    Points, or a mini-batch of them; once more while they are copied; the sample of the start;
+    Points, or a mini-batch of them; the sample of the start;
     distances and one-hot comparison of a chunk; centres, their sums and update.
     """
     (n, d), k = shape, codebook_size
