@@ -464,7 +464,7 @@ def mini_batch_lloyd(
     For catalogues that do not fit into memory: only one batch is on the device at a time.
 
     Args:
-      blocks: generator -> iterable of `Points`, all points once in random batches.
+      blocks: generator -> iterable of `Points`, the points in random batches.
       epochs: passes over all points.
     """
     seen_k, inertia, reseeded, clock = jnp.zeros(len(centres_kd)), [], 0, Clock(say)

@@ -112,7 +112,7 @@ def fit_rq_kmeans(
     """
     cfg, mesh = cfg or KMeansConfig(), mesh or make_mesh(data=1)
     keys = [jax.random.fold_in(jax.random.key(seed), level) for level in range(levels)]
-    refuse_too_large(x_nd.shape, codebook_size, cfg, mesh, consume=consume)
+    refuse_too_large(x_nd.shape, codebook_size, cfg, mesh)
     if cfg.mini_batch and cfg.mini_batch < x_nd.shape[0]:
         return _fit_mini_batch(x_nd, keys, codebook_size, cfg, seed, mesh, say)
     points = Points.place(x_nd, mesh, consume=consume)
@@ -177,7 +177,7 @@ def _fit_mini_batch(x_nd, keys, k, cfg: KMeansConfig, seed, mesh, say):
         return points
 
     def batches(rng):
-        """All rows once: short runs of neighbours in random order. Batches are of one size."""
+        """Runs of neighbours in random order, of one size: an epoch may miss a few rows."""
         runs = rng.permutation(-(-n // min(RUN, cfg.mini_batch)))
         size = min(RUN, cfg.mini_batch)
         rows = (runs[:, None] * size + np.arange(size)).reshape(-1)
@@ -234,9 +234,7 @@ def decode(codes_nl, codebooks_lkd) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- memory
 
 
-def device_bytes(
-    shape, codebook_size: int, cfg: KMeansConfig, devices: int = 1, *, consume=False
-) -> int:
+def device_bytes(shape, codebook_size: int, cfg: KMeansConfig, devices: int = 1) -> int:
     """Estimate of the largest memory a device needs for a fit.
 
     Points, or a mini-batch of them; the sample of the start;
@@ -252,7 +250,7 @@ def device_bytes(
     return 4 * (rows * (d + 4) + max(start, work) + 6 * k * (d + 2))
 
 
-def refuse_too_large(shape, codebook_size: int, cfg: KMeansConfig, mesh: Mesh, *, consume) -> None:
+def refuse_too_large(shape, codebook_size: int, cfg: KMeansConfig, mesh: Mesh) -> None:
     """Refuses a fit that the devices' memory cannot hold, where they tell how much they have.
 
     Raises:
@@ -260,7 +258,7 @@ def refuse_too_large(shape, codebook_size: int, cfg: KMeansConfig, mesh: Mesh, *
     """
     stats = mesh.devices.flat[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
-    need = device_bytes(shape, codebook_size, cfg, mesh.devices.size, consume=consume)
+    need = device_bytes(shape, codebook_size, cfg, mesh.devices.size)
     if limit and need > limit:
         raise InputError(too_large(shape, codebook_size, cfg, mesh, f"has {limit / 1e9:.1f} GB"))
 

@@ -313,10 +313,10 @@ def test_a_fit_too_large_names_the_flags():
     shape, k, cfg = (10_000_000, 1024), 8192, KMeansConfig(chunk=4096)
     for stats in (None, {}):  # a backend that does not tell
         device = types.SimpleNamespace(memory_stats=lambda stats=stats: stats)
-        refuse_too_large(shape, k, cfg, mesh_of(device, 1), consume=False)
+        refuse_too_large(shape, k, cfg, mesh_of(device, 1))
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 16_000_000_000})
     with pytest.raises(InputError) as error:
-        refuse_too_large(shape, k, cfg, mesh_of(device, 1), consume=False)
+        refuse_too_large(shape, k, cfg, mesh_of(device, 1))
     need = device_bytes(shape, k, cfg) / 1e9
     assert 41 < need < 90  # points alone are 41 GB
     words = (
@@ -326,9 +326,9 @@ def test_a_fit_too_large_names_the_flags():
     )
     assert str(error.value) == words
     assert words == too_large(shape, k, cfg, mesh_of(device, 1), "has 16.0 GB")
-    refuse_too_large(shape, k, cfg, mesh_of(device, 8), consume=False)
+    refuse_too_large(shape, k, cfg, mesh_of(device, 8))
     smaller = KMeansConfig(chunk=4096, mini_batch=1 << 16)
-    refuse_too_large(shape, k, smaller, mesh_of(device, 1), consume=False)
+    refuse_too_large(shape, k, smaller, mesh_of(device, 1))
 
 
 def test_the_fit_asks_for_the_memory(monkeypatch):
