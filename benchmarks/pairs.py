@@ -98,7 +98,7 @@ def main(config: BenchmarkConfig) -> None:
     else:
         dataset = load_dataset(config.data)
         split = make_split(dataset)
-        keep = train_mask(dataset, split) & positive_actions(dataset, split, PositiveRule())
+        keep = train_mask(dataset, split) & positive_actions(dataset, PositiveRule())
         name, num_items = dataset.name, dataset.num_items
         user, item = dataset.interactions["user_row"].to_numpy()[keep], dataset.item_rows[keep]
     popularity = np.sort(np.bincount(item, minlength=num_items))[::-1]

@@ -16,7 +16,7 @@ import rich.console
 import tyro
 
 from onerec_jax import cli
-from onerec_jax.data.pipeline import target_examples
+from onerec_jax.data.examples import target_examples
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation import ranking, report
 from onerec_jax.evaluation.baselines import evaluate_baseline, fit_markov, fit_popularity

@@ -26,20 +26,23 @@ from experiments.prepare import PrepareConfig, prepare
 from experiments.tokenize import say, with_alignment_preset
 from onerec_jax import cli
 from onerec_jax.config import PRESETS, ModelConfig
-from onerec_jax.data.features import build_feature_spec
-from onerec_jax.data.pipeline import (
+from onerec_jax.data.compress import compress
+from onerec_jax.data.examples import (
     Examples,
     check_batch_size,
     target_examples,
     train_examples,
-    train_pipeline,
 )
+from onerec_jax.data.features import build_feature_spec, positive_actions
+from onerec_jax.data.lifelong import LifelongConfig, Snapshots
+from onerec_jax.data.pipeline import PipelineConfig, TrainStream
+from onerec_jax.data.records import RecordBatches, write_records
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.ranking import ranking_metrics
 from onerec_jax.files import read_json
-from onerec_jax.inputs import PositiveRule
+from onerec_jax.inputs import FeatureConfig, PositiveRule
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.sharding import check_mesh, make_mesh
@@ -90,6 +93,14 @@ class PretrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     positive: PositiveRule = PositiveRule()
+    features: FeatureConfig = FeatureConfig()
+    lifelong: pathlib.Path | None = None
+    """Compressed lives from experiments.compress; default: made with the --compression flags from
+    the semantic IDs' own vectors, where some life is longer than --model.lifelong-length."""
+    compression: LifelongConfig = LifelongConfig()
+    targets: Literal["all", "positive"] = "all"
+    """Actions to predict, in training and test: all, as the report has it, or positive feedback."""
+    pipeline: PipelineConfig = PipelineConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
     validate_users: int = 2000
     """Users in each validation, drawn once by the seed; 0 = all."""
@@ -112,6 +123,8 @@ DEMO = {
     # stop early, larger ones want more steps.
     "train": LoopConfig(batch_size=64, steps=5000, log_every=250, validate_every=1000),
     "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
+    # Most users of MovieLens rated all their films on one day.
+    "compression": LifelongConfig(chunk_actions=16),
 }
 """What the `tiny` preset changes in the training defaults, which are meant for real sizes."""
 
@@ -120,9 +133,11 @@ def settings(config: PretrainConfig) -> dict:
     """All that the result depends on, as JSON; the mesh may change between sessions."""
     values = dataclasses.asdict(config)
     apart = ("run", "mesh", "describe", "evaluation", "data")
-    # How the IDs were made matters through the IDs, whose fingerprint is part of the run.
-    for name in (*apart, "semantic_ids", "vectors", "tokens", "pairs", "tokenizer"):
+    # How IDs and lives were made matters through their fingerprints, which are part of the run.
+    made = ("semantic_ids", "vectors", "tokens", "pairs", "tokenizer", "lifelong", "compression")
+    for name in apart + made:
         del values[name]
+    del values["pipeline"]["workers"]
     return json.loads(json.dumps(values))
 
 
@@ -165,17 +180,48 @@ def find_semantic_ids(config: PretrainConfig, dataset: Dataset, mesh) -> pathlib
     return folder
 
 
-def open_run(config: PretrainConfig, data_folder, ids_folder, dataset, ids):
+def find_lifelong(config: PretrainConfig, dataset: Dataset, ids) -> pathlib.Path | None:
+    """The folder of compressed lives; made if none is named. None where no life is too long."""
+    slots = config.model.slots("lifelong")
+    if config.lifelong is not None:
+        if not slots:
+            raise InputError("--lifelong is given, but the model's lifelong pathway is off")
+        return config.lifelong
+    if not slots or np.diff(dataset.offsets).max() <= slots:
+        return None
+    settings = dataclasses.replace(config.compression, max_clusters=slots)
+    key = {
+        "compression": dataclasses.asdict(settings),
+        "data": dataset.fingerprint,
+        "semantic_ids": ids.fingerprint,
+    }
+    folder = RUNS / "lifelong" / f"{dataset.name}-{settings_hash(key)}"
+    if not folder.exists():
+        print(f"compressing {dataset.num_users:,} lives to at most {slots} clusters")
+        compress(dataset, ids.vectors, settings, folder, say=say)
+    return folder
+
+
+def open_run(config: PretrainConfig, data_folder, ids_folder, lifelong_folder, dataset, ids):
     """Creates or continues the run folder."""
     if ids.manifest["dataset_fingerprint"] != dataset.fingerprint:
         raise InputError(
             f"--semantic-ids {ids_folder} were made for another data set than {data_folder}: "
             "run experiments.tokenize on it"
         )
-    split = make_split(dataset)
-    check_batch_size(config.train.batch_size, train_examples(split))  # before a folder is made
+    snapshots = None
+    if lifelong_folder is not None:
+        snapshots = Snapshots.load(lifelong_folder, dataset)
+    eligible = None
+    if config.targets == "positive":
+        eligible = positive_actions(dataset, config.positive)
+    split = make_split(dataset, eligible)
+    examples = train_examples(split, eligible)
+    check_batch_size(config.train.batch_size, examples)  # before a folder is made
     values = settings(config)
     key = values | {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
+    if snapshots is not None:
+        key["lifelong"] = snapshots.fingerprint
     name = f"{dataset.name}-{config.preset}-{settings_hash(key)}"
     return Run.create(
         config.run or RUNS / name,
@@ -185,7 +231,43 @@ def open_run(config: PretrainConfig, data_folder, ids_folder, dataset, ids):
         ids_folder=ids_folder,
         dataset=dataset,
         ids=ids,
-        spec=build_feature_spec(dataset, split, ids, config.positive),
+        spec=build_feature_spec(
+            dataset,
+            split,
+            ids,
+            config.positive,
+            config.features,
+            clustered=snapshots is not None,
+        ),
+        lifelong_folder=lifelong_folder,
+        snapshots=snapshots,
+    )
+
+
+def training_stream(config: PretrainConfig, run: Run) -> TrainStream:
+    """Training batches; for worker processes the log is written out as records once."""
+    records = None
+    if config.pipeline.workers:
+        key = {
+            "data": run.dataset.fingerprint,
+            "semantic_ids": run.ids.fingerprint,
+            "features": run.spec.to_json(),
+            "lifelong": run.config["lifelong"],
+        }
+        folder = RUNS / "records" / f"{run.dataset.name}-{settings_hash(key)}"
+        if not folder.exists():
+            print(f"writing the log as records to {folder}")
+            write_records(folder, run.builder.log, run.builder.items, run.builder.lives)
+        records = RecordBatches(folder, run.model_config)
+    return TrainStream(
+        run.builder,
+        train_examples(run.split, run.eligible),
+        config.pipeline,
+        config.train.batch_size,
+        config.seed,
+        run.split.train_end,
+        positive_targets=run.eligible is not None,
+        records=records,
     )
 
 
@@ -214,10 +296,8 @@ def make_validation(config: PretrainConfig, run, mesh):
 
 def train(config: PretrainConfig, run, mesh):
     """Trains to the end or to the early stop, from the latest checkpoint if there is one."""
-    examples = train_examples(run.split)
-    iterator = train_pipeline(
-        run.builder, examples, batch_size=config.train.batch_size, seed=config.seed
-    )
+    stream = training_stream(config, run)
+    examples = stream.examples
     one = run.builder(examples.user[:1], examples.position[:1])
     trainer = Trainer(
         run.model(train=True),
@@ -233,7 +313,7 @@ def train(config: PretrainConfig, run, mesh):
     )
     return fit(
         trainer,
-        iterator,
+        stream,
         run.checkpoints,
         run.metrics,
         config.train,
@@ -315,7 +395,11 @@ def main(config: PretrainConfig) -> None:
     ids_folder = find_semantic_ids(config, dataset, mesh)
     ids = SemanticIds.load(ids_folder)
     seconds["tokenize"] = time.perf_counter() - start
-    run = open_run(config, data_folder, ids_folder, dataset, ids)
+    start = time.perf_counter()
+    lifelong_folder = find_lifelong(config, dataset, ids)
+    if lifelong_folder is not None:
+        seconds["compress lives"] = time.perf_counter() - start
+    run = open_run(config, data_folder, ids_folder, lifelong_folder, dataset, ids)
 
     result = finished_report(run, config)
     if result is not None:

@@ -10,7 +10,9 @@ import rich.table
 import tyro
 
 from onerec_jax import cli
-from onerec_jax.data.pipeline import BatchBuilder, Examples, log_from_histories
+from onerec_jax.data.batches import BatchBuilder, log_from_histories
+from onerec_jax.data.examples import Examples
+from onerec_jax.data.features import uncompressed
 from onerec_jax.errors import InputError
 from onerec_jax.generation.generator import drop_seen, expand_leaves
 from onerec_jax.run import Run
@@ -106,7 +108,8 @@ def main(config: RecommendConfig) -> None:
         ids = run.dataset.items["item_id"]
         rows = [row_of(ids, text, "item", "--history") for text in split_ids(config.history)]
         log = log_from_histories([rows], run.spec)
-        builder = BatchBuilder(log, run.builder.items, run.model_config)
+        lives = uncompressed(log) if run.spec.clustered else None
+        builder = BatchBuilder(log, run.builder.items, run.model_config, lives)
         user, position = 0, len(rows)
     else:
         builder = run.builder

@@ -9,6 +9,19 @@ from typing import Literal
 
 from onerec_jax.errors import InputError, require_at_least
 
+Name = Literal["static", "short", "positive", "lifelong"]
+Feature = Literal["author", "tag", "age", "playtime", "duration", "label", "count"]
+PATHWAYS: tuple[Name, ...] = ("static", "short", "positive", "lifelong")
+FEATURES: tuple[Feature, ...] = (
+    "author",
+    "tag",
+    "age",
+    "playtime",
+    "duration",
+    "label",
+    "count",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -35,6 +48,12 @@ class ModelConfig:
     router_bias_rate: float = 1e-3
     """Step u of the loss-free balancing bias (arXiv 2408.15664)."""
 
+    pathways: tuple[Name, ...] = PATHWAYS
+    """Pathways that the encoder reads; one left out costs nothing and leaves the others as they
+    are, initial parameters included."""
+    features: tuple[Feature, ...] = FEATURES
+    """Features of an interaction beside the item, of those that the data set has; `count` is the
+    size of a lifelong cluster."""
     history_item: Literal["sid", "item"] = "sid"
     """What stands for an item in the history: its semantic ID or an embedding of its own."""
     short_length: int = 20
@@ -58,6 +77,10 @@ class ModelConfig:
     """auto: bfloat16 on GPU and TPU, float32 on CPU. Master weights are always float32."""
 
     def __post_init__(self):
+        for name in ("pathways", "features"):  # JSON gives lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not set(self.pathways) & {"short", "positive", "lifelong"}:
+            raise InputError("--model.pathways names no history: add short, positive or lifelong")
         sizes = ("d_model", "encoder_layers", "decoder_layers", "num_heads", "ff_dim", "expert_dim")
         widths = ("author_dim", "feature_dim", "static_dim", "lifelong_queries", "lifelong_blocks")
         lengths = ("short_length", "positive_length", "lifelong_length")
@@ -79,11 +102,15 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
 
+    def slots(self, pathway: Name) -> int:
+        """Interactions that a pathway holds; 0 if it is off."""
+        return getattr(self, f"{pathway}_length") if pathway in self.pathways else 0
+
     @property
     def encoder_length(self) -> int:
-        """Tokens of the encoder: static, short-term, positive feedback, compressed lifelong."""
-        lifelong = self.lifelong_queries if self.lifelong_length else 0
-        return 1 + self.short_length + self.positive_length + lifelong
+        """Most tokens of the encoder: static, short-term, positive feedback, lifelong queries."""
+        lifelong = self.lifelong_queries if self.slots("lifelong") else 0
+        return ("static" in self.pathways) + self.slots("short") + self.slots("positive") + lifelong
 
 
 V1_LARGE = ModelConfig(

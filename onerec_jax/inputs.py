@@ -6,9 +6,12 @@ folder, so that they cannot disagree on a vocabulary or a bucket.
 
 import dataclasses
 import json
+from typing import Literal
 
 import jax
 from flax import struct
+
+from onerec_jax.errors import require_at_least
 
 TIME_BUCKETS = 64
 """Buckets of ages and durations; bucket 0 is "unknown" and contributes nothing."""
@@ -29,6 +32,33 @@ class PositiveRule:
 
 
 @dataclasses.dataclass(frozen=True)
+class FeatureConfig:
+    """How columns of many values become embeddings of bounded size."""
+
+    max_words: int = 256
+    """A static column with at most so many distinct values gets one embedding each. Above, numbers
+    go to logarithmic buckets and everything else is hashed."""
+    hash_buckets: int = 65_536
+    """Buckets of a hashed column (CRC-32 of the value's text)."""
+    user_id: bool = True
+    """Take the user's id as a static feature, as the report does (uid)."""
+
+    def __post_init__(self):
+        require_at_least(self, "features.", max_words=1, hash_buckets=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticFeature:
+    """One static user feature: index 0 is unknown, 1 to `size` are values, buckets or hashes."""
+
+    name: str
+    kind: Literal["words", "log", "hash"]
+    size: int
+    words: tuple[str, ...] = ()
+    """Value i has index i + 1; of kind "words" only."""
+
+
+@dataclasses.dataclass(frozen=True)
 class FeatureSpec:
     """Vocabulary sizes of one data set under one tokenizer. A feature it lacks has size 0."""
 
@@ -39,13 +69,15 @@ class FeatureSpec:
     """Tag vocabulary; tag i has index i + 1, 0 is padding."""
     tags_per_item: int = 0
     num_authors: int = 0
+    authors_hashed: bool = False
     has_time: bool = False
     has_playtime: bool = False
     has_duration: bool = False
     labels: tuple[str, ...] = ()
     """Bits of the multi-hot label: feedback columns and rating values."""
-    static: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """Static user features, each with its vocabulary; value i has index i + 1, 0 is unknown."""
+    clustered: bool = False
+    """The lifelong pathway holds clusters of actions with member counts, not single actions."""
+    static: tuple[StaticFeature, ...] = ()
     positive: PositiveRule = PositiveRule()
 
     def to_json(self) -> str:
@@ -57,7 +89,10 @@ class FeatureSpec:
         positive = values.pop("positive")
         positive["actions"] = tuple(positive["actions"])
         values["tags"], values["labels"] = tuple(values["tags"]), tuple(values["labels"])
-        values["static"] = tuple((name, tuple(words)) for name, words in values["static"])
+        values["static"] = tuple(
+            StaticFeature(**{**feature, "words": tuple(feature["words"])})
+            for feature in values["static"]
+        )
         return cls(**values, positive=PositiveRule(**positive))
 
 
@@ -77,14 +112,19 @@ class Pathway:
     playtime: jax.Array | None = None  # int32 [B, T], log bucket of seconds
     duration: jax.Array | None = None  # int32 [B, T], log bucket of seconds
     label: jax.Array | None = None  # uint8 [B, T, labels], multi-hot
+    count: jax.Array | None = None  # int32 [B, T], log bucket of a cluster's members
 
 
 @struct.dataclass
 class Batch:
-    """The four pathways of B users and what they did next."""
+    """The four pathways of B users and the M things they did next.
+
+    A pathway of which no user of the batch has anything may come with T = 0 slots.
+    """
 
     static: jax.Array  # int32 [B, static features]; bucket 0 = unknown
     short: Pathway
     positive: Pathway
     lifelong: Pathway
-    target: jax.Array  # int32 [B, levels], semantic ID of the next item
+    target: jax.Array  # int32 [B, M, levels], semantic IDs of the next items, in order
+    target_count: jax.Array  # int32 [B]; slots beyond repeat the real ones and bear no loss

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from onerec_jax.config import ModelConfig
-from onerec_jax.data.features import action_log, item_features
-from onerec_jax.data.pipeline import BatchBuilder
+from onerec_jax.data.batches import BatchBuilder
+from onerec_jax.data.features import action_log, item_features, lifelong_log, positive_actions
+from onerec_jax.data.lifelong import Snapshots
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import Split, item_popularity, make_split
 from onerec_jax.errors import InputError
@@ -48,6 +49,8 @@ class Run:
     dataset: Dataset
     ids: SemanticIds
     spec: FeatureSpec
+    snapshots: Snapshots | None = None
+    """Compressed lives, if the run uses them."""
 
     @classmethod
     def create(
@@ -61,11 +64,14 @@ class Run:
         dataset: Dataset,
         ids: SemanticIds,
         spec: FeatureSpec,
+        lifelong_folder: pathlib.Path | None = None,
+        snapshots: Snapshots | None = None,
     ) -> "Run":
         """Starts a run, or continues one that has the same settings.
 
         Args:
           settings: JSON; everything that the result depends on.
+          lifelong_folder, snapshots: compressed lives, if `spec.clustered`.
 
         Raises:
           InputError: the folder holds a run with other settings, data or semantic IDs.
@@ -74,8 +80,14 @@ class Run:
             "command": command,
             "data": {"folder": str(data_folder.resolve()), "fingerprint": dataset.fingerprint},
             "semantic_ids": {"folder": str(ids_folder.resolve()), "fingerprint": ids.fingerprint},
+            "lifelong": None,
             "settings": settings,
         }
+        if snapshots is not None:
+            config["lifelong"] = {
+                "folder": str(lifelong_folder.resolve()),
+                "fingerprint": snapshots.fingerprint,
+            }
         path = folder / "config.json"
         if path.exists():
             _refuse_other_settings(folder, read_json(path), json.loads(json.dumps(config)))
@@ -85,7 +97,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "features.json", spec.to_json())
             write_text(path, json.dumps(config, indent=1))
-        return cls(folder, config, dataset, ids, spec)
+        return cls(folder, config, dataset, ids, spec, snapshots)
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "Run":
@@ -108,21 +120,32 @@ class Run:
         dataset = load_dataset(data_folder)
         ids = SemanticIds.load(ids_folder)
         found = {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
+        snapshots = None
+        if config.get("lifelong"):
+            snapshots = Snapshots.load(pathlib.Path(config["lifelong"]["folder"]))
+            found["lifelong"] = snapshots.fingerprint
         for part, fingerprint in found.items():
             if fingerprint != config[part]["fingerprint"]:
                 raise InputError(
                     f"{config[part]['folder']} has changed since {folder} was trained on it: "
                     "restore it or train again"
                 )
-        return cls(folder, config, dataset, ids, spec)
+        return cls(folder, config, dataset, ids, spec, snapshots)
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         return ModelConfig(**self.config["settings"]["model"])
 
     @functools.cached_property
+    def eligible(self) -> np.ndarray | None:
+        """Which actions may be targets, bool `[N]`; None: all."""
+        if self.config["settings"].get("targets", "all") == "all":
+            return None
+        return positive_actions(self.dataset, self.spec.positive)
+
+    @functools.cached_property
     def split(self) -> Split:
-        return make_split(self.dataset)
+        return make_split(self.dataset, self.eligible)
 
     @functools.cached_property
     def popularity(self) -> np.ndarray:
@@ -138,8 +161,8 @@ class Run:
     def builder(self) -> BatchBuilder:
         """Builds batches from the run's own log."""
         items = item_features(self.dataset, self.split, self.ids, self.spec)
-        log = action_log(self.dataset, self.split, self.spec)
-        return BatchBuilder(log, items, self.model_config)
+        lives = None if self.snapshots is None else lifelong_log(self.snapshots, self.spec)
+        return BatchBuilder(action_log(self.dataset, self.spec), items, self.model_config, lives)
 
     def model(self, *, train: bool = False) -> OneRec:
         return OneRec(self.model_config, self.spec, train=train)
@@ -223,7 +246,7 @@ def _refuse_other_settings(folder, old: dict, new: dict) -> None:
         return {name.removeprefix(".settings.").removeprefix("."): value}
 
     before, now = flat(old | {"command": ""}), flat(new | {"command": ""})
-    for name in sorted(before | now):
+    for name in before | now:  # data and IDs first: lives change with them
         if before.get(name) != now.get(name) and not name.endswith(".folder"):
             raise InputError(
                 f"{folder} holds a run with other settings "

@@ -8,8 +8,9 @@ import numpy as np
 import polars as pl
 
 from onerec_jax.config import ModelConfig
+from onerec_jax.data.examples import Examples
 from onerec_jax.data.schema import Dataset, build_dataset
-from onerec_jax.inputs import TIME_BUCKETS, Batch, FeatureSpec, Pathway
+from onerec_jax.inputs import TIME_BUCKETS, Batch, FeatureSpec, Pathway, StaticFeature
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -53,7 +54,10 @@ def full_spec(**changes) -> FeatureSpec:
         "has_playtime": True,
         "has_duration": True,
         "labels": ("like", "rating=5"),
-        "static": (("gender", ("f", "m")), ("age", ("old", "young"))),
+        "static": (
+            StaticFeature("gender", "words", 2, ("f", "m")),
+            StaticFeature("age", "words", 2, ("old", "young")),
+        ),
     }
     return FeatureSpec(**{**values, **changes})
 
@@ -83,7 +87,7 @@ def random_pathway(rng, spec, length, slots) -> Pathway:
     )
 
 
-def random_batch(cfg, spec, users, *, seed=0, **lengths) -> Batch:
+def random_batch(cfg, spec, users, *, seed=0, targets=1, **lengths) -> Batch:
     """B users with random histories; `short=[…]` and so on fix the lengths of a pathway."""
     rng = np.random.default_rng(seed)
     slots = {
@@ -95,10 +99,16 @@ def random_batch(cfg, spec, users, *, seed=0, **lengths) -> Batch:
         name: random_pathway(rng, spec, lengths.get(name, rng.integers(0, size + 1, users)), size)
         for name, size in slots.items()
     }
-    static = [rng.integers(0, len(words) + 1, users) for _, words in spec.static]
+    if spec.clustered:
+        shape = (users, cfg.lifelong_length)
+        count = rng.integers(1, TIME_BUCKETS, shape).astype(np.int32)
+        pathways["lifelong"] = pathways["lifelong"].replace(count=count)
+    static = [rng.integers(0, feature.size + 1, users) for feature in spec.static]
+    target = rng.integers(0, spec.codebook_size, (users, targets, spec.levels))
     return Batch(
         static=np.array(static, np.int32).reshape(len(spec.static), users).T,
-        target=rng.integers(0, spec.codebook_size, (users, spec.levels)).astype(np.int32),
+        target=target.astype(np.int32),
+        target_count=rng.integers(1, targets + 1, users).astype(np.int32),
         **pathways,
     )
 
@@ -120,6 +130,11 @@ def poison(batch: Batch, cfg, spec, seed=99) -> Batch:
             values[field] = kept
         changed[name] = old.replace(**values)
     return batch.replace(**changed)
+
+
+def examples_of(user, position) -> Examples:
+    """Examples at the given users and positions."""
+    return Examples(np.asarray(user, np.int32), np.asarray(position, np.int32))
 
 
 def random_ids(num_items, *, levels=3, codebook_size=5, seed=0) -> SemanticIds:

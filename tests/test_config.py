@@ -52,7 +52,7 @@ def test_presets_build(name):
     batch = helpers.random_batch(cfg, spec, 2)
     variables = jax.eval_shape(lambda: nn.unbox(OneRec(cfg, spec).init(jax.random.key(0), batch)))
     logits = jax.eval_shape(OneRec(cfg, spec).apply, variables, batch)
-    assert logits.shape == (2, 3, 8192)
+    assert logits.shape == (2, 1, 3, 8192)
     layers = variables["params"]["decoder"]["layers"]
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(layers))
     assert count % cfg.decoder_layers == 0

@@ -32,5 +32,7 @@ def test_a_missing_feature_is_no_leaf():
     cfg = helpers.tiny_config()
     bare = helpers.random_batch(cfg, helpers.bare_spec(), 2)
     full = helpers.random_batch(cfg, helpers.full_spec(), 2)
-    assert len(jax.tree.leaves(bare)) == 2 + 3 * 3
-    assert len(jax.tree.leaves(full)) == 2 + 3 * 9
+    clustered = helpers.random_batch(cfg, helpers.full_spec(clustered=True), 2)
+    assert len(jax.tree.leaves(bare)) == 3 + 3 * 3
+    assert len(jax.tree.leaves(full)) == 3 + 3 * 9
+    assert len(jax.tree.leaves(clustered)) == 3 + 3 * 9 + 1

@@ -64,7 +64,7 @@ def test_create_then_open(place):
     assert opened.dataset.fingerprint == place.dataset.fingerprint
     np.testing.assert_array_equal(opened.ids.sids, made.ids.sids)
     one = np.zeros(2, np.int32)
-    assert opened.builder(one, one).target.shape == (2, 3)
+    assert opened.builder(one, one).target.shape == (2, 1, 3)
     assert opened.model().train is False
     assert opened.model(train=True).train is True
     assert sorted(opened.tie_order) == list(range(place.dataset.num_items))

@@ -1,19 +1,37 @@
 """Tables to model features: the vocabulary of a run, and arrays ready to be gathered.
 
 OneRec Technical Report (arXiv 2506.13695), section 2.2.1: seven features an interaction (item,
-author, tag, time, playtime, duration, label). The report gives no encodings; ours are logarithmic
-buckets of seconds and a multi-hot label. A feature whose column is missing is left out.
+author, tag, time, playtime, duration, label) and static user features. The report gives no
+encodings. Ours:
+
+- age (request time minus action time): two buckets an octave of seconds, `log_bucket`;
+- playtime, duration: four buckets an octave of seconds;
+- label: one bit a feedback column and rating value, no bit for what is unknown;
+- static features: one embedding a value, logarithmic buckets for numbers of many values, hashes for
+  words of many values (`FeatureConfig`).
+
+Bucket or index 0 is "unknown" and contributes nothing. A feature whose column is missing is left
+out.
 """
 
 import dataclasses
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import polars as pl
 
+from onerec_jax.data.lifelong import Snapshots
 from onerec_jax.data.schema import FEEDBACK, Dataset
 from onerec_jax.data.splits import Split, train_mask
 from onerec_jax.errors import InputError
-from onerec_jax.inputs import TIME_BUCKETS, FeatureSpec, PositiveRule
+from onerec_jax.inputs import (
+    TIME_BUCKETS,
+    FeatureConfig,
+    FeatureSpec,
+    PositiveRule,
+    StaticFeature,
+)
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 MAX_TAGS = 8
@@ -43,13 +61,50 @@ def _index(values: pl.Series, words: tuple[str, ...]) -> np.ndarray:
     return np.array([place.get(v, 0) for v in values.cast(pl.String).to_list()], np.int32)
 
 
+def _hashed(values: pl.Series, buckets: int) -> np.ndarray:
+    """`1 + CRC-32 of each value's text, modulo buckets`; 0 where it is null. Int32 `[n]`."""
+    texts = values.cast(pl.String)
+    code = {
+        text: 1 + zlib.crc32(text.encode()) % buckets for text in texts.drop_nulls().unique()
+    } | {None: 0}
+    return np.array([code[text] for text in texts.to_list()], np.int32)
+
+
+def _static_feature(values: pl.Series, config: FeatureConfig) -> StaticFeature:
+    """How a column of the users table becomes an index."""
+    if values.n_unique() <= config.max_words + (values.null_count() > 0):
+        words = _vocabulary(values)
+        return StaticFeature(values.name, "words", len(words), words)
+    if values.dtype.is_numeric() and values.name != "user_id":
+        return StaticFeature(values.name, "log", TIME_BUCKETS - 1)
+    return StaticFeature(values.name, "hash", config.hash_buckets)
+
+
+def _static_index(values: pl.Series, feature: StaticFeature) -> np.ndarray:
+    """Index of each value under `feature`, int32 `[n]`."""
+    if feature.kind == "words":
+        return _index(values, feature.words)
+    if feature.kind == "hash":
+        return _hashed(values, feature.size)
+    return log_bucket(values.cast(pl.Float64).fill_null(np.nan).to_numpy())
+
+
 def build_feature_spec(
-    dataset: Dataset, split: Split, ids: SemanticIds, positive: PositiveRule
+    dataset: Dataset,
+    split: Split,
+    ids: SemanticIds,
+    positive: PositiveRule,
+    config: FeatureConfig = FeatureConfig(),  # noqa: B008 (a frozen value)
+    *,
+    clustered: bool = False,
 ) -> FeatureSpec:
     """Collects the vocabularies of a data set.
 
     What the log says (rating values) comes from its training part; what the tables say of items and
     users (tags, authors, static features) is known before any action and comes from all rows.
+
+    Args:
+      clustered: the lifelong pathway will hold clusters.
     """
     if len(ids.sids) != dataset.num_items:
         raise InputError(
@@ -73,13 +128,16 @@ def build_feature_spec(
         tags = tuple(sorted(counts["tags"].to_list()))
         longest = dataset.items["tags"].list.len().max() or 0
         tags_per_item = int(min(longest, MAX_TAGS))
-    num_authors = 0
+    num_authors, authors_hashed = 0, False
     if "author_id" in dataset.items.columns:
         num_authors = len(_vocabulary(dataset.items["author_id"]))
+        authors_hashed = num_authors > config.hash_buckets
+        num_authors = min(num_authors, config.hash_buckets)
+    left_out = {"user_row"} | ({"user_id"} if not config.user_id else set())
     static = tuple(
-        (name, _vocabulary(dataset.users[name]))
+        _static_feature(dataset.users[name], config)
         for name in dataset.users.columns
-        if name not in ("user_id", "user_row")
+        if name not in left_out
     )
     return FeatureSpec(
         num_items=dataset.num_items,
@@ -88,10 +146,12 @@ def build_feature_spec(
         tags=tags if tags_per_item else (),
         tags_per_item=tags_per_item,
         num_authors=num_authors,
+        authors_hashed=authors_hashed,
         has_time="time_s" in columns,
         has_playtime="playtime_s" in columns,
         has_duration=item_durations(dataset, split) is not None,
         labels=tuple(labels),
+        clustered=clustered,
         static=static,
         positive=positive,
     )
@@ -131,7 +191,7 @@ class ActionLog:
     item: np.ndarray  # int32 [N], item row
     positive: np.ndarray  # bool [N]
     time_s: np.ndarray | None  # int64 [N]
-    playtime: np.ndarray | None  # int32 [N], log bucket
+    playtime: np.ndarray | None  # uint8 [N], log bucket
     label: np.ndarray | None  # uint8 [N, labels]
     static: np.ndarray  # int32 [U, static features]
 
@@ -152,46 +212,113 @@ def item_features(
             tags[row, : len(known)] = known
     if spec.num_authors:
         authors = dataset.items["author_id"]
-        author = _index(authors, _vocabulary(authors))
+        if spec.authors_hashed:
+            author = _hashed(authors, spec.num_authors)
+        else:
+            author = _index(authors, _vocabulary(authors))
     if spec.has_duration:
         duration = log_bucket(item_durations(dataset, split), 4)
     return ItemFeatures(ids.sids, tags, author, duration)
 
 
-def action_log(dataset: Dataset, split: Split, spec: FeatureSpec) -> ActionLog:
+def action_log(dataset: Dataset, spec: FeatureSpec) -> ActionLog:
     """Arrays of action features for `spec`."""
     label = None
     if spec.labels:
-        bits = []
-        for name in spec.labels:
+        label = np.zeros((len(dataset.item_rows), len(spec.labels)), np.uint8)
+        for bit, name in enumerate(spec.labels):
             if name.startswith("rating="):
-                bits.append(dataset.column("rating") == np.float32(name.removeprefix("rating=")))
+                value = np.float32(name.removeprefix("rating="))
+                label[:, bit] = dataset.column("rating") == value
             else:
-                bits.append(dataset.column(name) > 0)
-        label = np.stack(bits, axis=1).astype(np.uint8)
-    static = [_index(dataset.users[name], words) for name, words in spec.static]
+                label[:, bit] = dataset.column(name) > 0
+    static = [_static_index(dataset.users[feature.name], feature) for feature in spec.static]
+    playtime = None
+    if spec.has_playtime:
+        playtime = log_bucket(dataset.column("playtime_s"), 4).astype(np.uint8)
     return ActionLog(
         offsets=dataset.offsets,
         item=dataset.item_rows,
-        positive=positive_actions(dataset, split, spec.positive),
+        positive=positive_actions(dataset, spec.positive),
         time_s=dataset.column("time_s") if spec.has_time else None,
-        playtime=log_bucket(dataset.column("playtime_s"), 4) if spec.has_playtime else None,
+        playtime=playtime,
         label=label,
         static=np.stack(static, axis=1) if static else np.zeros((dataset.num_users, 0), np.int32),
     )
 
 
-def positive_actions(dataset: Dataset, split: Split, rule: PositiveRule) -> np.ndarray:
-    """Which actions count as positive feedback under `rule`, bool `[N]`."""
+def positive_actions(dataset: Dataset, rule: PositiveRule) -> np.ndarray:
+    """Which actions count as positive feedback under `rule`, bool `[N]`.
+
+    The share watched is of the duration that the log gives with the action, else of the item's.
+    """
     clauses = [
         dataset.column(name) > 0 for name in rule.actions if dataset.column(name) is not None
     ]
     if (rating := dataset.column("rating")) is not None:
         clauses.append(rating >= rule.min_rating)
-    playtime, duration = dataset.column("playtime_s"), item_durations(dataset, split)
+    playtime, duration = dataset.column("playtime_s"), dataset.column("duration_s")
+    if "duration_s" in dataset.items.columns:
+        item = dataset.items["duration_s"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+        item = item[dataset.item_rows]
+        duration = item if duration is None else np.where(duration > 0, duration, item)
     if playtime is not None and duration is not None:
-        known = np.where(duration > 0, duration, np.nan)[dataset.item_rows]
-        clauses.append(playtime >= rule.min_watch_ratio * known)
+        clauses.append(playtime >= rule.min_watch_ratio * np.where(duration > 0, duration, np.nan))
     if not clauses:
         return np.ones(len(dataset.item_rows), bool)
     return np.logical_or.reduce(clauses)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LifelongLog:
+    """Lives compressed to clusters, a group a snapshot (`data/lifelong.py`), with features.
+
+    Item, author, tags and label of a cluster are those of its representative; time, playtime and
+    duration are means over its members.
+    """
+
+    find: Callable  # (user [B], position [B]) -> snapshot int64 [B], -1 for none
+    covered: np.ndarray  # int32 [S], actions of the user that the snapshot stands for
+    offsets: np.ndarray  # int64 [S + 1]; a snapshot without clusters is its actions themselves
+    representative: np.ndarray  # int32 [C], position within the user
+    time_s: np.ndarray | None  # int64 [C]
+    playtime: np.ndarray | None  # uint8 [C], log bucket
+    duration: np.ndarray | None  # uint8 [C], log bucket
+    count: np.ndarray  # uint8 [C], log bucket of the number of members
+
+
+SINGLE = int(log_bucket(1))
+"""Bucket of a cluster of one action, `log_bucket(1)`."""
+
+
+def uncompressed(log: ActionLog) -> LifelongLog:
+    """Lives in which every action of a user stands for itself, for histories given by hand."""
+    none = np.zeros(0, np.int64)
+    return LifelongLog(
+        find=lambda user, position: np.asarray(user, np.int64),
+        covered=np.diff(log.offsets),
+        offsets=np.zeros(len(log.offsets), np.int64),
+        representative=none,
+        time_s=none,
+        playtime=none,
+        duration=none,
+        count=none,
+    )
+
+
+def lifelong_log(snapshots: Snapshots, spec: FeatureSpec) -> LifelongLog:
+    """Arrays of cluster features for `spec`."""
+
+    def buckets(values, has):
+        return log_bucket(values, 4).astype(np.uint8) if has else None
+
+    return LifelongLog(
+        find=snapshots.find,
+        covered=snapshots.covered,
+        offsets=snapshots.cluster_offsets,
+        representative=snapshots.representative,
+        time_s=snapshots.time_s if spec.has_time else None,
+        playtime=buckets(snapshots.playtime_s, spec.has_playtime),
+        duration=buckets(snapshots.duration_s, spec.has_duration),
+        count=log_bucket(snapshots.count, 2).astype(np.uint8),
+    )

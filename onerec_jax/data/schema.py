@@ -31,7 +31,16 @@ FORMAT = "onerec_jax data set, version 1"
 TABLES = ("items", "users", "interactions")
 FILES = {"dataset.json", *(f"{table}.parquet" for table in TABLES)}
 SPLITS = ("leave-one-out", "time")
-FEEDBACK = ("click", "like", "follow", "comment", "forward", "hate", "long_view")
+FEEDBACK = (
+    "click",
+    "like",
+    "follow",
+    "comment",
+    "forward",
+    "hate",
+    "long_view",
+    "profile_enter",
+)
 
 UNITS = {
     "position": "int32, order within the user from 0",
@@ -39,6 +48,13 @@ UNITS = {
     "rating": "float32, on the source's own scale",
     "playtime_s": "float32, seconds",
     "duration_s": "float32, seconds",
+    "profile_stay_s": "float32, seconds on the author's page",
+    "comment_stay_s": "float32, seconds in the comments",
+    "session": "int32, session of the user from 0",
+    "slot": "int32, place within the session from 0",
+    "is_rand": "int8, 1: shown at random",
+    "viral_farm": "int8, 1: from a content farm; for rewards, no model input",
+    "tab": "int8, page of the app",
     **dict.fromkeys(FEEDBACK, "int8, 0 or 1"),
 }
 

@@ -9,7 +9,8 @@ import functools
 import jax
 import numpy as np
 
-from onerec_jax.data.pipeline import BatchBuilder, Examples, padded_batches
+from onerec_jax.data.batches import BatchBuilder, padded_batches
+from onerec_jax.data.examples import Examples
 from onerec_jax.evaluation.ranking import rank_of_target_in_list
 from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.trie import Trie, build_trie
@@ -86,7 +87,7 @@ class Generator:
         self.offsets, self.items = ids.items_by_leaf(tie_order)
         self.search = jax.jit(functools.partial(beam_search, model, width=beam_width))
         self._loss = jax.jit(
-            lambda variables, batch: ntp_loss(model.apply(variables, batch), batch.target)
+            lambda variables, batch: ntp_loss(model.apply(variables, batch), batch.target)[:, 0]
         )
 
     def _batches(self, builder: BatchBuilder, examples: Examples):
@@ -122,7 +123,7 @@ class Generator:
         )
 
     def loss(self, variables, builder, examples) -> np.ndarray:
-        """NTP loss of every example, float32 `[U, levels]`, nats."""
+        """NTP loss of every example's first target, float32 `[U, levels]`, nats."""
         parts = [
             np.asarray(self._loss(variables, batch))[:real]
             for batch, real in self._batches(builder, examples)

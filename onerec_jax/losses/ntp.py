@@ -4,18 +4,24 @@ import jax
 import jax.numpy as jnp
 
 
-def ntp_loss(logits_bsv, target_bs):
+def ntp_loss(logits, target):
     """Negative log-likelihood of each code, `- log P(s^l | BOS, s^1..s^{l-1}, user)`.
 
     OneRec Technical Report (arXiv 2506.13695), section 2.2.2. The report's loss of an item is the
     sum over its levels; V2 uses the mean. Callers sum or average as they report.
 
     Args:
-      logits_bsv: float32 `[B, levels, V]`.
-      target_bs: int32 `[B, levels]`.
+      logits: float32 `[..., levels, V]`.
+      target: int32 `[..., levels]`.
 
     Returns:
-      Float32 `[B, levels]`, in nats.
+      Float32 `[..., levels]`, in nats.
     """
-    logp_bsv = jax.nn.log_softmax(logits_bsv.astype(jnp.float32))
-    return -jnp.take_along_axis(logp_bsv, target_bs[..., None], axis=-1)[..., 0]
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0]
+
+
+def mean_over_targets(loss_bms, count_b):
+    """Mean over the real targets of all users: `[B, M, levels]`, int32 `[B]` -> `[levels]`."""
+    real_bm = jnp.arange(loss_bms.shape[1]) < count_b[:, None]
+    return (loss_bms * real_bm[..., None]).sum((0, 1)) / jnp.maximum(real_bm.sum(), 1)

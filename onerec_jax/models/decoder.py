@@ -3,7 +3,8 @@
 OneRec Technical Report (arXiv 2506.13695), section 2.2.2. The report prints a norm before the
 experts only; pre-norm before all three sublayers is our choice.
 
-Axes: B users, S code positions (or W beams), T encoder tokens, H heads, K head width, L layers.
+Axes: B users, M targets, S code positions (or W beams), T encoder tokens, H heads, K head width,
+L layers.
 """
 
 from typing import Any
@@ -87,17 +88,22 @@ class DecoderBlock(nn.Module):
         maps = self.cross_attention
         return z_btd, (maps.k(z_btd), maps.v(z_btd))
 
-    def __call__(self, x_bsd, _, context):
-        """Teacher forcing: `x [B, S, D]`, context = (encoder output `[B, T, D]`, length `[B]`)."""
+    def __call__(self, x_bmsd, _, context):
+        """Teacher forcing: `x [B, M, S, D]`, context = (encoder output `[B, T, D]`, length `[B]`).
+
+        Targets see themselves and the user, not each other.
+        """
         z_btd, length_b = context
+        b, m, s, d = x_bmsd.shape
         maps = self.self_attention
-        x = self.norm_self(x_bsd)
+        x = self.norm_self(x_bmsd).reshape(b * m, s, d)
         # At three positions a kernel gains nothing over XLA, and cuDNN refuses odd lengths.
         y = attention(maps.q(x), maps.k(x), maps.v(x), causal=True)
-        x_bsd = x_bsd + self.drop(maps.o(y))
+        x_bsd = x_bmsd.reshape(b, m * s, d) + self.drop(maps.o(y)).reshape(b, m * s, d)
         _, (k, v) = self.cross_kv(z_btd, None, length_b)
         x_bsd = x_bsd + self.cross(x_bsd, k, v, length_b)
-        return x_bsd + self.drop(self.feed_forward(x_bsd)), None
+        x_bsd = x_bsd + self.drop(self.feed_forward(x_bsd))
+        return x_bsd.reshape(b, m, s, d), None
 
     def step(self, x_bwd, caches, context):
         """Position t of every beam: `x [B, W, D]`, context = (t, encoder length `[B]`)."""
@@ -142,9 +148,9 @@ class Decoder(nn.Module):
         )
         self.layers = stack(cfg, self.dtype, self.train)
 
-    def __call__(self, x_bsd, z_btd, length_b):
-        """Hidden states `[B, S, D]` of all positions under teacher forcing."""
-        return self.layers(x_bsd, None, (z_btd, length_b))[0]
+    def __call__(self, x_bmsd, z_btd, length_b):
+        """Hidden states `[B, M, S, D]` of all positions under teacher forcing."""
+        return self.layers(x_bmsd, None, (z_btd, length_b))[0]
 
     def cross_cache(self, z_btd, length_b) -> CrossCache:
         _, (k, v) = self.layers.cross_kv(z_btd, None, length_b)

@@ -59,24 +59,54 @@ class InteractionFeatures(nn.Module):
             lookup("item", pathway.item + 1, spec.num_items + 1, cfg.d_model)
         else:
             parts.append(embed_sid(sid_table.astype(self.dtype), pathway.sid, spec.codebook_size))
-        if spec.num_authors:
+        if spec.num_authors and "author" in cfg.features:
             lookup("author", pathway.author, spec.num_authors + 1, cfg.author_dim)
-        if spec.tags:
+        if spec.tags and "tag" in cfg.features:
             lookup("tag", pathway.tags, len(spec.tags) + 1, cfg.feature_dim)
             count = jnp.maximum((pathway.tags > 0).sum(-1, keepdims=True), 1)
             parts[-1] = parts[-1].sum(-2) / count.astype(self.dtype)
-        if spec.has_time:
-            lookup("age", pathway.age, TIME_BUCKETS, cfg.feature_dim)
-        if spec.has_playtime:
-            lookup("playtime", pathway.playtime, TIME_BUCKETS, cfg.feature_dim)
-        if spec.has_duration:
-            lookup("duration", pathway.duration, TIME_BUCKETS, cfg.feature_dim)
-        if spec.labels:
+        for name, has in (
+            ("age", spec.has_time),
+            ("playtime", spec.has_playtime),
+            ("duration", spec.has_duration),
+            ("count", pathway.count is not None),  # of the lifelong pathway only
+        ):
+            if has and name in cfg.features:
+                lookup(name, getattr(pathway, name), TIME_BUCKETS, cfg.feature_dim)
+        if spec.labels and "label" in cfg.features:
             bits = pathway.label.astype(self.dtype)
             parts.append(
                 dense(cfg.feature_dim, axes=(None, None), dtype=self.dtype, name="label")(bits)
             )
         return jnp.concatenate(parts, axis=-1)
+
+
+class StaticFeatures(nn.Module):
+    """Embeddings of a user's static features side by side: int32 `[B, F] -> [B, F * width]`."""
+
+    width: int
+    spec: FeatureSpec
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, static):
+        parts = []
+        for i, feature in enumerate(self.spec.static):
+            table = self.param(feature.name, *embedding(feature.size + 1, self.width))
+            parts.append(jnp.take(table.astype(self.dtype), static[:, i], axis=0))
+        return jnp.concatenate(parts, axis=-1)
+
+
+class Positions(nn.Module):
+    """Adds a learnable embedding to each slot: `[B, T, D] -> [B, T, D]`, T at most `slots`."""
+
+    slots: int
+
+    @nn.compact
+    def __call__(self, h_btd):
+        init = partitioned(nn.initializers.normal(0.02), None, "embed")
+        position = self.param("embedding", init, (self.slots, h_btd.shape[-1]))
+        return h_btd + position[: h_btd.shape[1]].astype(h_btd.dtype)
 
 
 class PathwayMLP(nn.Module):
@@ -163,36 +193,31 @@ class Encoder(nn.Module):
     def __call__(self, batch: Batch, sid_table, *, train=False):
         cfg, spec, dtype = self.cfg, self.spec, self.dtype
         features = InteractionFeatures(cfg, spec, dtype, name="features")
-        users = batch.short.length.shape[0]
         tokens, valid = [], []
 
-        def add(z, length_b):
-            tokens.append(z)
-            valid.append(jnp.arange(z.shape[1]) < length_b[:, None])
+        # A module of its own for every parameter: what is drawn for one depends on its name alone.
+        def add(name, h, length_b, slots):
+            tokens.append(Positions(slots, name=f"position_{name}")(h))
+            valid.append(jnp.arange(h.shape[1]) < length_b[:, None])
 
-        if spec.static:
-            parts = []
-            for i, (name, words) in enumerate(spec.static):
-                table = self.param(f"static_{name}", *embedding(len(words) + 1, cfg.static_dim))
-                parts.append(jnp.take(table.astype(dtype), batch.static[:, i], axis=0))
-            h = PathwayMLP(cfg.d_model, dtype, name="static")(jnp.concatenate(parts, axis=-1))
-            add(h[:, None], jnp.ones(users, jnp.int32))
-        else:
-            add(jnp.zeros((users, 1, cfg.d_model), dtype), jnp.zeros(users, jnp.int32))
+        if "static" in cfg.pathways and spec.static:
+            f = StaticFeatures(cfg.static_dim, spec, dtype, name="static_features")(batch.static)
+            h = PathwayMLP(cfg.d_model, dtype, name="static")(f)
+            add("static", h[:, None], jnp.ones(len(f), jnp.int32), 1)
         for name in ("short", "positive"):
             pathway = getattr(batch, name)
-            h = PathwayMLP(cfg.d_model, dtype, name=name)(features(pathway, sid_table))
-            add(h, pathway.length)
-        if cfg.lifelong_length:
-            h = PathwayMLP(cfg.d_model, dtype, name="lifelong")(features(batch.lifelong, sid_table))
-            h = LifelongQFormer(cfg, dtype, name="qformer")(h, batch.lifelong.length)
-            present = batch.lifelong.length > 0
-            add(h, jnp.where(present, cfg.lifelong_queries, 0))
+            if pathway.item.shape[1] and cfg.slots(name):
+                h = PathwayMLP(cfg.d_model, dtype, name=name)(features(pathway, sid_table))
+                add(name, h, pathway.length, cfg.slots(name))
+        lifelong = batch.lifelong
+        if lifelong.item.shape[1] and cfg.slots("lifelong"):
+            h = PathwayMLP(cfg.d_model, dtype, name="lifelong")(features(lifelong, sid_table))
+            h = LifelongQFormer(cfg, dtype, name="qformer")(h, lifelong.length)
+            queries = jnp.where(lifelong.length > 0, cfg.lifelong_queries, 0)
+            add("lifelong", h, queries, cfg.lifelong_queries)
 
         z = jnp.concatenate(tokens, axis=1)
-        init = partitioned(nn.initializers.normal(0.02), None, "embed")
-        position = self.param("position", init, (cfg.encoder_length, cfg.d_model))
-        z = nn.Dropout(cfg.dropout, deterministic=not train)(z + position.astype(dtype))
+        z = nn.Dropout(cfg.dropout, deterministic=not train)(z)
         z, length = pack_valid_first(z, jnp.concatenate(valid, axis=1))
 
         block = nn.remat(EncoderBlock, prevent_cse=False) if cfg.remat else EncoderBlock

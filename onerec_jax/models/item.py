@@ -103,6 +103,6 @@ class CaptionDecoder(nn.Module):
             attention="xla",  # a handful of keys: nothing for a kernel to gain
         )
         length_b = jnp.full(len(z), z.shape[1], jnp.int32)
-        x = Decoder(cfg, self.dtype, train, name="decoder")(x, z, length_b)
+        x = Decoder(cfg, self.dtype, train, name="decoder")(x[:, None], z, length_b)[:, 0]
         x = rms_norm(dtype=self.dtype, name="norm")(x)
         return jnp.einsum("bsd,vd->bsv", x, table, preferred_element_type=jnp.float32)

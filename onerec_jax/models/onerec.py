@@ -70,13 +70,13 @@ class OneRec(nn.Module):
         return self.encoder(batch, self.sid_embedding, train=self.train)
 
     def __call__(self, batch: Batch):
-        """Teacher-forced logits float32 `[B, levels, V]` of `batch.target`."""
+        """Teacher-forced logits float32 `[B, M, levels, V]` of `batch.target`."""
         z, length = self.encode(batch)
-        users, levels = batch.target.shape
-        bos = jnp.broadcast_to(self.bos.astype(self.dtype), (users, self.cfg.d_model))
-        inputs = [bos] + [self.embed_code(batch.target[:, i], i) for i in range(levels - 1)]
-        h = self.decoder(jnp.stack(inputs, axis=1), z, length)
-        return jnp.stack([self.level_logits(h[:, i], i) for i in range(levels)], axis=1)
+        users, targets, levels = batch.target.shape
+        bos = jnp.broadcast_to(self.bos.astype(self.dtype), (users, targets, self.cfg.d_model))
+        inputs = [bos] + [self.embed_code(batch.target[..., i], i) for i in range(levels - 1)]
+        h = self.decoder(jnp.stack(inputs, axis=2), z, length)
+        return jnp.stack([self.level_logits(h[:, :, i], i) for i in range(levels)], axis=2)
 
     def start(self, batch: Batch, beams: int) -> tuple[CrossCache, BeamCache]:
         """Encodes users once and returns the caches that `decode_step` needs."""

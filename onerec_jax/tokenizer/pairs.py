@@ -217,7 +217,7 @@ def mine_pairs(
     Raises:
       InputError: no pair was found.
     """
-    keep = train_mask(dataset, split) & positive_actions(dataset, split, positive)
+    keep = train_mask(dataset, split) & positive_actions(dataset, positive)
     user_row = dataset.interactions["user_row"].to_numpy()[keep]
     item_row = dataset.item_rows[keep]
     parts = []

@@ -60,6 +60,12 @@ class SemanticIds:
         return self.codebooks.shape[1]
 
     @property
+    def vectors(self) -> np.ndarray:
+        """What the codes say of every item's content, float32 `[items, D]`: sums of centres."""
+        codes = self.sids if self.codes is None else self.codes
+        return sum(book[codes[:, level]] for level, book in enumerate(self.codebooks))
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits that change with any code."""
         table = np.ascontiguousarray(self.sids, "<i4")

@@ -1,12 +1,11 @@
 """Checkpoints: the only file that touches Orbax.
 
-A checkpoint holds the model (`params`, `router`), the optimizer, the data iterator and a JSON note
-(early stopping, settings). Model and optimizer are items of their own, so that evaluation and
-serving read the model alone. Orbax makes a step visible only once it is whole.
+A checkpoint holds the model (`params`, `router`), the optimizer and a JSON note (early stopping).
+Model and optimizer are items of their own, so that evaluation and serving read the model alone.
+The data position is the step itself: batch k is a function of the seed and k. Orbax makes a step
+visible only once it is whole.
 """
 
-import contextlib
-import logging
 import pathlib
 from typing import Any
 
@@ -44,21 +43,16 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, iterator, *, note: dict[str, Any], score: float) -> None:
+    def save(self, state: TrainState, *, note: dict[str, Any], score: float) -> None:
         """Writes one step and waits until it is whole.
 
         Args:
-          iterator: Grain iterator; its position is captured now.
           note: JSON, returned by `load_note`.
           score: higher is better.
         """
         self._checkpointer.save_checkpointables(
             int(state.step),
-            {
-                "model": state.variables,
-                "optimizer": state.opt_state,
-                "data": iterator,
-            },
+            {"model": state.variables, "optimizer": state.opt_state},
             force=True,
             overwrite=True,
             metrics={"score": score, "step": int(state.step)},
@@ -67,23 +61,15 @@ class Checkpoints:
 
     def load_note(self, step: int | None = None) -> dict[str, Any]:
         """The note of a step (None: the latest)."""
-        with _quiet():
-            return self._checkpointer.metadata(step).custom_metadata
+        return self._checkpointer.metadata(step).custom_metadata
 
-    def restore(self, abstract: TrainState, iterator, step: int | None = None) -> TrainState:
-        """State of a step (None: the latest), onto the shardings of `abstract`; moves `iterator`.
+    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+        """State of a step (None: the latest), onto the shardings of `abstract`.
 
         Raises:
           InputError: the checkpoint belongs to another model.
         """
-        loaded = self._load(
-            step,
-            {
-                "model": abstract.variables,
-                "optimizer": abstract.opt_state,
-                "data": iterator,
-            },
-        )
+        loaded = self._load(step, {"model": abstract.variables, "optimizer": abstract.opt_state})
         model = loaded["model"]
         step_array = jax.device_put(jax.numpy.int32(step or self.latest), abstract.step.sharding)
         return TrainState(step_array, model["params"], model["router"], loaded["optimizer"])
@@ -112,22 +98,9 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Orbax warns that a data iterator has no metadata; nobody has asked for it."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _check_shapes(checkpoints: Checkpoints, step, abstract_variables) -> None:
     """Orbax's own message on a mismatch names neither the leaf nor the remedy."""
-    with _quiet():
-        stored = checkpoints._checkpointer.checkpointables_metadata(step).metadata["model"]
+    stored = checkpoints._checkpointer.checkpointables_metadata(step).metadata["model"]
 
     def shapes(tree):
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)

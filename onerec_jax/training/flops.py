@@ -13,28 +13,32 @@ from onerec_jax.inputs import Batch, FeatureSpec, Pathway
 from onerec_jax.tokenizer.semantic_ids import MAX_CODEBOOK
 
 
-def forward_flops(cfg: ModelConfig, spec: FeatureSpec) -> dict[str, int]:
-    """FLOPs of one example's forward pass, by part."""
+def forward_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1) -> dict[str, int]:
+    """FLOPs of one user's forward pass, by part; `targets` share the encoder's part of it."""
     d, f = cfg.d_model, cfg.ff_dim
-    width = (
-        d
-        + cfg.author_dim * bool(spec.num_authors)
-        + cfg.feature_dim
-        * sum(
-            map(bool, (spec.tags, spec.has_time, spec.has_playtime, spec.has_duration, spec.labels))
-        )
-    )
-    history = cfg.short_length + cfg.positive_length + cfg.lifelong_length
-    tokens, levels = cfg.encoder_length, spec.levels
-    queries = cfg.lifelong_queries * bool(cfg.lifelong_length)
+    has = {
+        "tag": spec.tags,
+        "age": spec.has_time,
+        "playtime": spec.has_playtime,
+        "duration": spec.has_duration,
+        "label": spec.labels,
+    }
+    width = d + cfg.feature_dim * sum(bool(has.get(name)) for name in cfg.features)
+    if "author" in cfg.features and spec.num_authors:
+        width += cfg.author_dim
+    lifelong = cfg.slots("lifelong")
+    history = cfg.slots("short") + cfg.slots("positive") + lifelong
+    queries = cfg.lifelong_queries * bool(lifelong)
+    static = bool(spec.static) and "static" in cfg.pathways
+    tokens, levels = cfg.slots("short") + cfg.slots("positive") + queries + static, spec.levels
 
     pathways = history * (width * d + d * d)
-    if spec.static:
+    if spec.clustered and "count" in cfg.features:
+        pathways += lifelong * cfg.feature_dim * d
+    if static:
         pathways += len(spec.static) * cfg.static_dim * d + d * d
     qformer = cfg.lifelong_blocks * (
-        2 * cfg.lifelong_length * d * d
-        + queries * (2 * d * d + 2 * d * f)
-        + 2 * queries * cfg.lifelong_length * d
+        2 * lifelong * d * d + queries * (2 * d * d + 2 * d * f) + 2 * queries * lifelong * d
     )
     encoder = cfg.encoder_layers * tokens * (4 * d * d + 2 * d * f + 2 * tokens * d)
     if cfg.num_experts:
@@ -43,9 +47,11 @@ def forward_flops(cfg: ModelConfig, spec: FeatureSpec) -> dict[str, int]:
         feed_forward = 2 * d * f
     decoder = cfg.decoder_layers * (
         2 * tokens * d * d  # keys and values of the encoder output
-        + levels * (4 * d * d + 2 * d * d + feed_forward + 2 * tokens * d + 2 * levels * d)
+        + targets
+        * levels
+        * (4 * d * d + 2 * d * d + feed_forward + 2 * tokens * d + 2 * levels * d)
     )
-    heads = levels * d * spec.codebook_size
+    heads = targets * levels * d * spec.codebook_size
     parts = {
         "pathways": pathways,
         "lifelong QFormer": qformer,
@@ -56,9 +62,9 @@ def forward_flops(cfg: ModelConfig, spec: FeatureSpec) -> dict[str, int]:
     return {name: 2 * macs for name, macs in parts.items()}
 
 
-def train_flops(cfg: ModelConfig, spec: FeatureSpec) -> int:
-    """FLOPs of one example's training step."""
-    return 3 * sum(forward_flops(cfg, spec).values())
+def train_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1) -> int:
+    """FLOPs of one user's training step."""
+    return 3 * sum(forward_flops(cfg, spec, targets).values())
 
 
 def count_parameters(params) -> dict[str, int]:
@@ -66,7 +72,7 @@ def count_parameters(params) -> dict[str, int]:
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        if names[0] in ("sid_embedding", "bos") or "features" in names:
+        if names[0] in ("sid_embedding", "bos") or {"features", "static_features"} & set(names):
             part = "embeddings"
         elif names[0] == "heads" or names[0].startswith("norm_"):
             part = "heads"
@@ -95,12 +101,13 @@ def nominal_inputs(cfg: ModelConfig, tokenizer) -> tuple[FeatureSpec, Batch]:
         has_playtime=True,
         has_duration=True,
         labels=("like",),
+        clustered=True,
     )
 
-    def pathway(length):
-        def ints(*shape):
-            return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
+    def pathway(length):
         one = ints(1, length)
         return Pathway(
             ints(1), ints(1, length, levels), one, ints(1, length, 1), one, one, one, one,
@@ -108,10 +115,11 @@ def nominal_inputs(cfg: ModelConfig, tokenizer) -> tuple[FeatureSpec, Batch]:
         )  # fmt: skip
 
     batch = Batch(
-        static=jax.ShapeDtypeStruct((1, 0), jnp.int32),
+        static=ints(1, 0),
         short=pathway(cfg.short_length),
         positive=pathway(cfg.positive_length),
-        lifelong=pathway(cfg.lifelong_length),
-        target=jax.ShapeDtypeStruct((1, levels), jnp.int32),
+        lifelong=pathway(cfg.lifelong_length).replace(count=ints(1, cfg.lifelong_length)),
+        target=ints(1, 1, levels),
+        target_count=ints(1),
     )
     return spec, batch

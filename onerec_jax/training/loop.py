@@ -5,12 +5,13 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from onerec_jax.errors import InputError, require_at_least
+from onerec_jax.inputs import Batch
 from onerec_jax.sharding import put_batch
 from onerec_jax.training.checkpoint import Checkpoints
 from onerec_jax.training.metrics import MetricsLog, first_non_finite, mean_rows
@@ -85,7 +86,7 @@ class _StopSignal:
 
 def fit(
     trainer: Trainer,
-    iterator,
+    stream: Callable[[int], Iterator[Batch]],
     checkpoints: Checkpoints,
     metrics_log: MetricsLog,
     cfg: LoopConfig,
@@ -97,10 +98,11 @@ def fit(
     """Trains until the last step or until validation stops rising; resumes by itself.
 
     Every `validate_every` steps and at the end the model is validated and everything is saved
-    together: model, optimizer, data position, early stopping. A killed run starts again from the
-    latest save and repeats, bit for bit on a CPU, what it had not saved.
+    together: model, optimizer, early stopping. A killed run starts again from the latest save and
+    repeats, bit for bit on a CPU, what it had not saved.
 
     Args:
+      stream: step -> batches from that step on, as `data.pipeline.TrainStream`.
       validate: variables -> metrics, among them `score` (higher is better).
       say: prints one line of progress.
 
@@ -112,7 +114,7 @@ def fit(
     if checkpoints.latest is None:
         state = trainer.init(seed)
     else:
-        state = checkpoints.restore(trainer.abstract_state, iterator)
+        state = checkpoints.restore(trainer.abstract_state)
         progress = Progress(**checkpoints.load_note()["progress"])
         say(f"resuming at step {int(state.step)}")
     step = int(state.step)
@@ -144,14 +146,14 @@ def fit(
     def save(score):
         progress.seconds = earlier + time.perf_counter() - start
         note = {"progress": dataclasses.asdict(progress)}
-        checkpoints.save(state, iterator, note=note, score=score)
+        checkpoints.save(state, note=note, score=score)
 
     def finished():
         return step >= cfg.steps or (cfg.patience and progress.waited >= cfg.patience)
 
-    with _StopSignal() as stop:
+    with _StopSignal() as stop, contextlib.closing(stream(step)) as batches:
         while not finished():
-            batch = put_batch(next(iterator), trainer.mesh)
+            batch = put_batch(next(batches), trainer.mesh)
             state, metrics = trainer.step(state, batch)
             pending.append(metrics)
             step += 1

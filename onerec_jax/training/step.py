@@ -10,7 +10,7 @@ from flax import struct
 from jax.sharding import NamedSharding
 
 from onerec_jax.inputs import Batch
-from onerec_jax.losses.ntp import ntp_loss
+from onerec_jax.losses.ntp import mean_over_targets, ntp_loss
 from onerec_jax.models.moe import max_violation, update_router_bias
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import BATCH, replicated, shardings_of
@@ -58,7 +58,7 @@ def train_step(state: TrainState, batch: Batch, *, model: OneRec, tx, seed: int)
             mutable=["router_stats"],
             rngs={"dropout": key},
         )
-        level = ntp_loss(logits, batch.target).mean(0)
+        level = mean_over_targets(ntp_loss(logits, batch.target), batch.target_count)
         return level.sum(), (level, updated.get("router_stats", {}))
 
     (loss, (level, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

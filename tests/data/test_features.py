@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 
 import helpers
 import numpy as np
@@ -17,12 +18,14 @@ from onerec_jax.data.features import (
 )
 from onerec_jax.data.splits import make_split, train_mask
 from onerec_jax.errors import InputError
-from onerec_jax.inputs import TIME_BUCKETS, PositiveRule
+from onerec_jax.inputs import TIME_BUCKETS, FeatureConfig, PositiveRule, StaticFeature
 
 
-def spec_of(dataset, ids=None, rule=PositiveRule()):  # noqa: B008 (a frozen value)
+def spec_of(dataset, ids=None, **config):
+    """Without the user's id unless asked for."""
     ids = ids or helpers.random_ids(dataset.num_items)
-    return build_feature_spec(dataset, make_split(dataset), ids, rule)
+    config = FeatureConfig(**{"user_id": False, **config})
+    return build_feature_spec(dataset, make_split(dataset), ids, PositiveRule(), config)
 
 
 def bucket(seconds, per_octave):
@@ -54,7 +57,11 @@ def test_spec_of_a_full_data_set():
     assert spec.has_playtime
     assert spec.has_duration
     assert spec.labels == ("click", "like", "rating=1", "rating=3.5", "rating=5")
-    assert spec.static == (("gender", ("f", "m")), ("age", ("20", "30", "40")))
+    gender = StaticFeature("gender", "words", 2, ("f", "m"))
+    assert spec.static == (gender, StaticFeature("age", "words", 3, ("20", "30", "40")))
+    assert not spec.clustered
+    ids = tuple(map(str, range(7)))
+    assert spec_of(dataset, user_id=True).static[0] == StaticFeature("user_id", "words", 7, ids)
 
 
 def test_spec_of_bare_sequences():
@@ -69,7 +76,7 @@ def test_spec_of_bare_sequences():
     )
     spec = spec_of(bare)
     assert spec == helpers.bare_spec(num_items=12)
-    log = action_log(bare, make_split(bare), spec)
+    log = action_log(bare, spec)
     assert (log.time_s, log.playtime, log.label) == (None, None, None)
     assert log.static.shape == (bare.num_users, 0)
     assert log.positive.all()  # a bare action is positive by itself
@@ -85,7 +92,7 @@ def test_rating_values_come_from_the_training_part_only():
     series = pl.Series("rating", changed, dtype=pl.Float32)
     other = dataclasses.replace(dataset, interactions=dataset.interactions.with_columns(series))
     assert spec_of(other) == spec_of(dataset)
-    label = action_log(other, make_split(other), spec_of(other)).label
+    label = action_log(other, spec_of(other)).label
     assert (label[~training][:, 2:] == 0).all()  # an unknown rating sets no bit
 
 
@@ -106,7 +113,7 @@ def test_every_rating_value_finds_its_bit():
     thirds = pl.Series("rating", (np.arange(count) % 4) / 3, dtype=pl.Float32)
     dataset = dataclasses.replace(dataset, interactions=dataset.interactions.with_columns(thirds))
     spec = spec_of(dataset)
-    label = action_log(dataset, make_split(dataset), spec).label
+    label = action_log(dataset, spec).label
     bits = [i for i, name in enumerate(spec.labels) if name.startswith("rating=")]
     np.testing.assert_array_equal(label[:, bits].sum(1), 1)
 
@@ -149,7 +156,7 @@ def test_an_item_of_many_tags_keeps_the_most_frequent():
 def test_action_arrays_against_loops():
     dataset = helpers.full_dataset()
     spec = spec_of(dataset)
-    log = action_log(dataset, make_split(dataset), spec)
+    log = action_log(dataset, spec)
     np.testing.assert_array_equal(log.offsets, dataset.offsets)
     np.testing.assert_array_equal(log.item, dataset.item_rows)
     for n, action in enumerate(dataset.interactions.iter_rows(named=True)):
@@ -176,10 +183,66 @@ def test_positive_actions_against_loops():
         watched = bool(duration) and playtime is not None and playtime >= 0.5 * duration
         liked, rating = action["like"] == 1, action["rating"]
         expected.append(liked or watched or (rating is not None and rating >= 4))
-    actual = positive_actions(dataset, make_split(dataset), rule)
+    actual = positive_actions(dataset, rule)
     np.testing.assert_array_equal(actual, expected)
     assert 0 < actual.mean() < 1
-    only = positive_actions(
-        dataset, make_split(dataset), dataclasses.replace(rule, min_rating=9, min_watch_ratio=1e9)
-    )
+    only = positive_actions(dataset, dataclasses.replace(rule, min_rating=9, min_watch_ratio=1e9))
     assert only.sum() == sum(v == 1 for v in dataset.interactions["like"].to_list())
+
+
+def test_columns_of_many_values_are_bucketed_or_hashed():
+    dataset = helpers.full_dataset(users=30)
+    followers = [None, -3, *(7 * i**2 for i in range(28))]
+    people = dataset.users.with_columns(
+        pl.Series("followers", followers), pl.Series("town", [f"town {i}" for i in range(30)])
+    )
+    dataset = dataclasses.replace(dataset, users=people)
+    spec = spec_of(dataset, max_words=9, hash_buckets=5, user_id=True)
+    assert [(f.name, f.kind, f.size) for f in spec.static] == [
+        ("user_id", "hash", 5),
+        ("gender", "words", 2),
+        ("age", "words", 3),
+        ("followers", "log", TIME_BUCKETS - 1),
+        ("town", "hash", 5),
+    ]
+    static = action_log(dataset, spec).static
+    assert static[:, 3].tolist() == [bucket(value, 2) for value in followers]
+    towns = [1 + zlib.crc32(f"town {i}".encode()) % 5 for i in range(30)]
+    assert static[:, 4].tolist() == towns
+    assert static[:, 0].min() >= 1
+    assert spec == type(spec).from_json(spec.to_json())
+
+
+def test_many_authors_are_hashed():
+    dataset = helpers.full_dataset()
+    spec = spec_of(dataset, hash_buckets=3)
+    assert (spec.num_authors, spec.authors_hashed) == (3, True)
+    features = item_features(dataset, make_split(dataset), helpers.random_ids(12), spec)
+    for row, author in enumerate(dataset.items["author_id"].to_list()):
+        assert features.author[row] == (1 + zlib.crc32(author.encode()) % 3 if author else 0)
+
+
+def test_watched_share_is_of_the_duration_logged_with_the_action():
+    """Else of the item's; where neither is known, nothing was watched in full."""
+    dataset = helpers.full_dataset(users=20)
+    rng = np.random.default_rng(0)
+    logged = [None if i % 3 else float(x) for i, x in enumerate(rng.random(len(dataset.item_rows)))]
+    frame = dataset.interactions.with_columns(pl.Series("duration_s", logged, dtype=pl.Float32))
+    dataset = dataclasses.replace(dataset, interactions=frame)
+    rule = PositiveRule(min_rating=9, min_watch_ratio=0.5, actions=())
+    items = dataset.items["duration_s"].to_list()
+    expected = []
+    for action in frame.iter_rows(named=True):
+        duration = action["duration_s"] or items[action["item_row"]]
+        watched = action["playtime_s"] is not None and bool(duration)
+        expected.append(watched and action["playtime_s"] >= 0.5 * duration)
+    np.testing.assert_array_equal(positive_actions(dataset, rule), expected)
+
+
+def test_profile_visits_are_a_label():
+    dataset = helpers.full_dataset()
+    frame = dataset.interactions.with_columns(pl.lit(1, pl.Int8).alias("profile_enter"))
+    dataset = dataclasses.replace(dataset, interactions=frame)
+    spec = spec_of(dataset)
+    assert "profile_enter" in spec.labels
+    assert action_log(dataset, spec).label[:, spec.labels.index("profile_enter")].all()

@@ -60,7 +60,7 @@ def test_time_split_by_hand():
     users = [1] * 9 + [2] + [3, 3]
     times = [0, 1, 2, 3, 4, 5, 6, 7, 9] + [8] + [2, 9]
     # All times: 0 1 2 2 | 3 4 5 6 | 7 8 9 9, so validation starts at 3 and test at 7.
-    split = by_time(dataset_of(users, times), 1 / 3, 1 / 3)
+    split = by_time(dataset_of(users, times), valid_fraction=1 / 3, test_fraction=1 / 3)
     assert split.train_end.tolist() == [3, 0, 1]
     assert split.valid_at.tolist() == [3, -1, -1]
     assert split.test_at.tolist() == [7, -1, 1]  # user 2's only action has no history
@@ -103,11 +103,48 @@ def test_time_split_refusals():
     with pytest.raises(InputError, match="leaves no training actions"):
         by_time(dataset_of([1, 1, 1], [5, 5, 5]))
     with pytest.raises(InputError, match="leaves no test targets"):
-        by_time(dataset_of([1, 2, 1, 3], [0, 1, 2, 3]), 0.25, 0.25)
+        by_time(dataset_of([1, 2, 1, 3], [0, 1, 2, 3]), valid_fraction=0.25, test_fraction=0.25)
     with pytest.raises(ValueError, match="fractions"):
-        by_time(random_log(0), 0.5, 0.5)
+        by_time(random_log(0), valid_fraction=0.5, test_fraction=0.5)
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(InputError, match="--split weekly: unknown"):
         dataset_of([1, 1, 1], split="weekly")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_targets_among_eligible_actions_only(seed):
+    """Both kinds of split against a loop over users."""
+    dataset = random_log(seed, moments=500)
+    eligible = np.random.default_rng(seed).random(dataset.interactions.height) < 0.3
+    time_s, offsets = dataset.column("time_s"), dataset.offsets
+    split = by_time(dataset, eligible)
+    whole = by_time(dataset)
+    np.testing.assert_array_equal(split.train_end, whole.train_end)  # training is what it was
+    starts = [time_s[dataset.offsets[:-1] + s][s >= 0].min() for s in (whole.valid_at,)]
+    ordered = np.sort(time_s)
+    cuts = [ordered[int(len(ordered) * share)] for share in (0.8, 0.9)]
+    assert starts[0] >= cuts[0]
+    for user in range(dataset.num_users):
+        mine = range(offsets[user], offsets[user + 1])
+        for at, low, high in ((split.valid_at, *cuts), (split.test_at, cuts[1], np.inf)):
+            chosen = [
+                row - offsets[user]
+                for row in mine
+                if eligible[row] and low <= time_s[row] < high and row > offsets[user]
+            ]
+            assert at[user] == (chosen[0] if chosen else -1)
+
+
+def test_leave_one_out_among_eligible_actions_only():
+    dataset = dataset_of(np.repeat(np.arange(5), 6))
+    eligible = np.zeros((5, 6), bool)
+    eligible[0, [1, 3, 4]] = True
+    eligible[1, [0, 5]] = True  # nothing before the validation target
+    eligible[2, 2] = True
+    eligible[3] = True
+    split = make_split(dataset, eligible.ravel())
+    assert split.valid_at.tolist() == [3, -1, -1, 4, -1]
+    assert split.test_at.tolist() == [4, -1, -1, 5, -1]
+    assert split.train_end.tolist() == [3, 6, 6, 4, 6]

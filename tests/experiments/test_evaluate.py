@@ -10,7 +10,7 @@ from conftest import ITEMS, make_data, tree
 from experiments import evaluate
 from experiments.evaluate import EvaluateConfig, seen_items
 from onerec_jax import cli
-from onerec_jax.data.pipeline import target_examples
+from onerec_jax.data.examples import target_examples
 from onerec_jax.run import Run
 
 BUDGET = [

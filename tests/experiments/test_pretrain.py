@@ -107,7 +107,8 @@ def test_the_default_run_folder_depends_on_flags_data_and_ids(trained, in_world)
         data = pretrain.load_dataset(config.data)
         ids_folder = pretrain.find_semantic_ids(config, data, make_mesh(1))
         ids = pretrain.SemanticIds.load(ids_folder)
-        return pretrain.open_run(config, config.data, ids_folder, data, ids).folder
+        lives = pretrain.find_lifelong(config, data, ids)
+        return pretrain.open_run(config, config.data, ids_folder, lives, data, ids).folder
 
     first = folder()
     assert folder("--mesh.data", "2", "--evaluation.beam-width", "8") == first
@@ -207,13 +208,13 @@ def steps_in(folder):
 
 
 def restored(folder):
-    """Model of the latest checkpoint and its position in the data, bit for bit."""
+    """Model of the latest checkpoint, bit for bit, and its step, which is the data position."""
     run = Run.open(folder)
     flat, _ = jax.tree_util.tree_flatten_with_path(run.load_best())
-    (position,) = (folder / "checkpoints" / str(run.checkpoints.latest) / "data").glob("*.json")
+    step = run.checkpoints.latest
     run.checkpoints.close()
     model = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
-    return model, position.read_text()
+    return model, step
 
 
 def test_kill_9_and_the_same_command_again(trained, world, tmp_path):

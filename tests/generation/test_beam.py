@@ -33,7 +33,7 @@ def logp_of_all():
     """log P of every ID for every user, `[B, V^3]`, by one teacher-forced pass each."""
     forward = helpers.quick_jit(MODEL.apply)
     copies = jax.tree.map(lambda x: np.repeat(x, len(ALL), axis=0), BATCH)
-    copies = copies.replace(target=np.tile(ALL, (USERS, 1)))
+    copies = copies.replace(target=np.tile(ALL, (USERS, 1))[:, None])
     logits = np.asarray(forward(variables(), copies), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(logp, copies.target[..., None], axis=-1)[..., 0]

@@ -7,8 +7,9 @@ import helpers
 import numpy as np
 import pytest
 
+from onerec_jax.data.batches import BatchBuilder, log_from_histories
+from onerec_jax.data.examples import Examples
 from onerec_jax.data.features import ItemFeatures
-from onerec_jax.data.pipeline import BatchBuilder, Examples, log_from_histories
 from onerec_jax.evaluation.ranking import NOT_RANKED, tie_order
 from onerec_jax.generation.beam import Beams
 from onerec_jax.generation.generator import Generator, drop_seen, expand_leaves

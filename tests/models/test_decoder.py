@@ -23,11 +23,16 @@ def draw(*shape, seed=0):
 @functools.cache
 def variables_of(cfg):
     return helpers.random_variables(
-        Decoder(cfg, jnp.float32), draw(B, S, 16), draw(B, T, 16), LENGTHS
+        Decoder(cfg, jnp.float32), draw(B, 1, S, 16), draw(B, T, 16), LENGTHS
     )
 
 
 def run(x, z, lengths=LENGTHS, cfg=CFG):
+    """Hidden states of one target a user, `[B, S, D]`."""
+    return run_targets(x[:, None], z, lengths, cfg)[:, 0]
+
+
+def run_targets(x, z, lengths=LENGTHS, cfg=CFG):
     return np.asarray(_apply(cfg)(variables_of(cfg), x, z, lengths))
 
 
@@ -76,6 +81,17 @@ def test_no_position_sees_a_later_one():
         other = run(changed, z)
         np.testing.assert_array_equal(h[:, :t], other[:, :t])
         assert (np.abs(h[:, t:] - other[:, t:]).max(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("experts", [8, 0])
+def test_targets_of_a_user_do_not_see_each_other(experts):
+    """Several targets on one encoder pass give what each gives alone."""
+    cfg = helpers.tiny_config(num_experts=experts)
+    x, z = draw(B, 4, S, 16), draw(B, T, 16, seed=1)
+    together = run_targets(x, z, cfg=cfg)
+    for target in range(4):
+        alone = run(x[:, target], z, cfg=cfg)
+        np.testing.assert_allclose(together[:, target], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_only_valid_tokens_of_the_user_are_read():

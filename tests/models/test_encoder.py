@@ -1,14 +1,17 @@
 """The encoder: what is padding stays unread, and each part against a twin in NumPy."""
 
+import dataclasses
 import functools
 
 import chex
+import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from onerec_jax.config import PATHWAYS
 from onerec_jax.models.encoder import (
     Encoder,
     InteractionFeatures,
@@ -19,6 +22,7 @@ from onerec_jax.models.encoder import (
 )
 
 CFG, SPEC = helpers.tiny_config(), helpers.full_spec()
+CLUSTERED = helpers.full_spec(clustered=True)
 USERS = 5
 SID_TABLE = np.random.default_rng(3).standard_normal((15, 16)).astype(np.float32)
 LENGTHS = {"short": [4, 0, 1, 2, 0], "positive": [3, 1, 0, 2, 0], "lifelong": [6, 0, 5, 1, 0]}
@@ -118,17 +122,15 @@ def test_a_user_without_anything():
 
 
 def test_positions_are_those_of_the_slot_before_packing():
-    """Order of pathways: static, short-term, positive, lifelong; checked through the positions."""
+    """A pathway's first position moves the users who have something there, and nobody else."""
     apply, variables = encoder()
     batch = batch_of()
-    firsts = {"short": 1, "positive": 1 + CFG.short_length}
-    firsts["lifelong"] = firsts["positive"] + CFG.positive_length
     z, length = encode(batch)
     valid = np.arange(z.shape[1]) < length[:, None]
-    for name, first in firsts.items():
-        position = variables["params"]["position"].copy()
-        position[first] += 1
-        params = {**variables["params"], "position": position}
+    for name in LENGTHS:
+        position = variables["params"][f"position_{name}"]["embedding"].copy()
+        position[0] += 1
+        params = {**variables["params"], f"position_{name}": {"embedding": position}}
         other, _ = jax.device_get(apply({"params": params}, batch, SID_TABLE))
         moved = (np.abs(z - other).max(-1) * valid).max(1) > 1e-6
         np.testing.assert_array_equal(moved, np.array(LENGTHS[name]) > 0, err_msg=name)
@@ -255,3 +257,78 @@ def test_a_lifelong_length_of_zero_switches_the_pathway_off():
     z, length = jax.eval_shape(model.apply, variables, batch, SID_TABLE)
     chex.assert_shape([z, length], [(USERS, cfg.encoder_length, cfg.d_model), (USERS,)])
     assert cfg.encoder_length == 1 + cfg.short_length + cfg.positive_length
+
+
+@pytest.mark.parametrize("off", PATHWAYS)
+def test_a_pathway_switched_off_leaves_the_others_as_they_are(off):
+    """Its own parameters are gone, all others are there with the same initial values."""
+    batch = batch_of(CLUSTERED)
+
+    def init(cfg):
+        model = Encoder(cfg, CLUSTERED, jnp.float32)
+        drawn = helpers.quick_jit(model.init)(jax.random.key(0), batch, SID_TABLE)["params"]
+        leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(drawn))[0]
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+    whole = init(CFG)
+    rest = init(dataclasses.replace(CFG, pathways=[name for name in PATHWAYS if name != off]))
+    gone = set(whole) - set(rest)
+    assert gone
+    assert not set(rest) - set(whole)
+    own = {off, "qformer", "count"} if off == "lifelong" else {off}
+    assert all(any(word in name for word in own) for name in gone), gone
+    chex.assert_trees_all_equal(rest, {name: whole[name] for name in rest})
+
+
+@pytest.mark.parametrize("off", PATHWAYS)
+def test_a_pathway_switched_off_is_not_read(off):
+    """Its tokens are missing, and what remains is as if every user had none of it."""
+    cfg = dataclasses.replace(CFG, pathways=[name for name in PATHWAYS if name != off])
+    _, variables = encoder()
+    batch = batch_of()
+    z, length = Encoder(cfg, SPEC, jnp.float32).apply(variables, batch, SID_TABLE)
+    if off == "static":
+        assert z.shape[1] == CFG.encoder_length - 1
+        return
+    empty = getattr(batch, off).replace(length=np.zeros(USERS, np.int32))
+    expected, expected_length = encode(batch.replace(**{off: empty}))
+    np.testing.assert_array_equal(length, expected_length)
+    valid = np.arange(z.shape[1]) < length[:, None]
+    chex.assert_trees_all_close(z[valid], expected[:, : z.shape[1]][valid], atol=1e-5)
+
+
+def test_batches_whose_lives_are_all_short_come_with_fewer_slots():
+    batch = batch_of(CLUSTERED, lifelong=[2, 0, 1, 1, 0])
+    apply, variables = encoder(CLUSTERED)
+    cut = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, :2], batch.lifelong)
+    z, length = encode(batch, CLUSTERED)
+    short, short_length = apply(variables, batch.replace(lifelong=cut), SID_TABLE)
+    np.testing.assert_array_equal(length, short_length)
+    chex.assert_trees_all_close(short, z, atol=1e-5)
+    batch = batch_of(CLUSTERED, lifelong=[0] * USERS)
+    none = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, :0], batch.lifelong)
+    z, length = encode(batch, CLUSTERED)
+    empty, empty_length = apply(variables, batch.replace(lifelong=none), SID_TABLE)
+    np.testing.assert_array_equal(length, empty_length)
+    valid = np.arange(empty.shape[1]) < length[:, None]
+    chex.assert_trees_all_close(empty[valid], z[:, : empty.shape[1]][valid], atol=1e-5)
+
+
+def test_member_counts_are_read_and_unknown_ones_add_nothing():
+    batch = batch_of(CLUSTERED)
+    z, _ = encode(batch, CLUSTERED)
+    lifelong = batch.lifelong
+    more = batch.replace(lifelong=lifelong.replace(count=1 + lifelong.count % 60))
+    other, _ = encode(more, CLUSTERED)
+    has = np.array(LENGTHS["lifelong"]) > 0
+    np.testing.assert_array_equal(np.abs(z - other).max((1, 2)) > 1e-5, has)
+
+
+def test_features_switched_off():
+    cfg = helpers.tiny_config(features=())
+    model = InteractionFeatures(cfg, SPEC, jnp.float32)
+    pathway = batch_of().short
+    variables = model.init(jax.random.key(0), pathway, SID_TABLE)
+    f = model.apply(variables, pathway, SID_TABLE)
+    chex.assert_trees_all_close(f, embed_sid(jnp.asarray(SID_TABLE), pathway.sid, 5))
+    assert not variables

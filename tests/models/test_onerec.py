@@ -35,7 +35,8 @@ forward = helpers.quick_jit(OneRec(CFG, SPEC).apply)
 
 
 def logits_of(batch):
-    return np.asarray(forward(variables(), batch))
+    """Of the first target: `[B, levels, V]`."""
+    return np.asarray(forward(variables(), batch))[:, 0]
 
 
 def test_logits_are_float32_of_the_right_shape_and_read_the_history():
@@ -57,7 +58,7 @@ def test_a_code_moves_later_levels_only():
     logits = logits_of(BATCH_OF_8)
     for level in range(SPEC.levels):
         target = BATCH_OF_8.target.copy()
-        target[:, level] = (target[:, level] + 1) % SPEC.codebook_size
+        target[..., level] = (target[..., level] + 1) % SPEC.codebook_size
         other = logits_of(BATCH_OF_8.replace(target=target))
         moved = np.abs(logits - other).max(-1) > 1e-5
         np.testing.assert_array_equal(logits[:, : level + 1], other[:, : level + 1])
@@ -67,7 +68,11 @@ def test_a_code_moves_later_levels_only():
 def test_a_user_does_not_depend_on_the_others():
     """Even with a capacity factor: outside training experts are dropless."""
     cfg = helpers.tiny_config(capacity_factor=0.25)
-    run = helpers.quick_jit(OneRec(cfg, SPEC).apply)
+    apply = helpers.quick_jit(OneRec(cfg, SPEC).apply)
+
+    def run(*args):
+        return apply(*args)[:, 0]
+
     other = helpers.random_batch(CFG, SPEC, USERS, seed=5)
     mixed = jax.tree.map(lambda a, b: np.concatenate([a[:1], b[1:]]), BATCH_OF_8, other)
     alone = run(variables(), BATCH_OF_8)
@@ -92,7 +97,7 @@ def test_decode_steps_equal_teacher_forcing():
 
     stepped = steps(variables(), BATCH_OF_8)
     for beam in range(3):
-        expected = logits_of(BATCH_OF_8.replace(target=codes[:, beam]))
+        expected = logits_of(BATCH_OF_8.replace(target=codes[:, beam : beam + 1]))
         np.testing.assert_allclose(stepped[:, beam], expected, rtol=1e-4, atol=1e-4)
 
 

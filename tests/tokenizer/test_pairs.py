@@ -269,7 +269,7 @@ def test_mining_takes_positive_training_actions():
     dataset = helpers.full_dataset(users=40)
     split, cfg = make_split(dataset), PairConfig(top_k=5)
     for rule in (PositiveRule(), PositiveRule(min_rating=3.0)):
-        keep = train_mask(dataset, split) & positive_actions(dataset, split, rule)
+        keep = train_mask(dataset, split) & positive_actions(dataset, rule)
         log = (
             dataset.interactions["user_row"].to_numpy()[keep],
             dataset.item_rows[keep],

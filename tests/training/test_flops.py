@@ -44,7 +44,7 @@ def test_parts_by_hand():
     assert parts["experts"] == layers * (e * 3 * d * f + d * e)  # SwiGLU and router
     assert parts["decoder"] == layers * (8 * d * d + 3 * d)  # two attentions, three norms
     pathway = 2 * (d * d + d)  # two maps with biases
-    position = (1 + 4 + 3 + 2) * d
+    position = (4 + 3 + 2) * d
     qformer = 2 * d + 4 * d * d + d + 2 * d * 24 + d + d  # queries, attention, feed-forward, norms
     block = 4 * d * d + 2 * d * 24 + 2 * d
     assert parts["encoder"] == 3 * pathway + position + qformer + block + d
@@ -97,7 +97,7 @@ def test_one_layer_each_by_hand():
         lifelong_length=0,
     )
     parts = forward_flops(cfg, bare_spec(codebook_size=7))
-    square, tokens, codes = 4 * 4, 2, 3  # the empty static token is padding that is computed
+    square, tokens, codes = 4 * 4, 1, 3
     assert parts["pathways"] == 2 * 1 * (square + square)
     attention = 4 * square * tokens + 2 * tokens * tokens * 4  # q, k, v, o; scores and values
     assert parts["encoder"] == 2 * (attention + tokens * 2 * 4 * 5)
@@ -130,10 +130,32 @@ def test_features_and_training():
     width = 8 + 5 * 4  # author, and tag, age, playtime, duration, label
     static = 2 * 4 * 16 + 16 * 16
     assert parts["pathways"] - bare["pathways"] == 2 * ((4 + 3 + 6) * width * 16 + static)
-    assert {k: v for k, v in parts.items() if k != "pathways"} == {
-        k: v for k, v in bare.items() if k != "pathways"
-    }
+    same = ("lifelong QFormer", "heads")
+    assert [parts[name] for name in same] == [bare[name] for name in same]
+    # The static token is one more for two matrices, four projections and attention to all ten.
+    more = 4 * 16 * 16 + 2 * 16 * 24 + 2 * (10 * 10 - 9 * 9) * 16
+    assert parts["encoder"] - bare["encoder"] == 2 * more
     assert train_flops(cfg, full_spec()) == 3 * sum(parts.values())
+    counted = forward_flops(cfg, full_spec(clustered=True))
+    assert counted["pathways"] - parts["pathways"] == 2 * 6 * 4 * 16  # member counts
+
+
+def test_targets_share_the_encoder():
+    cfg, spec = tiny_config(), full_spec()
+    one, four = forward_flops(cfg, spec), forward_flops(cfg, spec, targets=4)
+    for name in ("pathways", "lifelong QFormer", "encoder"):
+        assert four[name] == one[name]
+    assert four["heads"] == 4 * one["heads"]
+    keys = 2 * 2 * 2 * 10 * 16 * 16  # of the encoder's tokens: once a user
+    assert four["decoder"] - keys == 4 * (one["decoder"] - keys)
+
+
+def test_switched_off_parts_cost_nothing():
+    spec = full_spec(clustered=True)
+    cfg = tiny_config(pathways=("positive",), features=())
+    parts = forward_flops(cfg, spec)
+    assert parts["lifelong QFormer"] == 0
+    assert parts["pathways"] == 2 * 3 * (16 * 16 + 16 * 16)
 
 
 def test_published_sizes():

@@ -66,7 +66,7 @@ def test_weight_decay_skips_vectors(params):
     # The rule met everything it is about.
     assert {("scale", False), ("bias", False), ("bos", False)} <= seen
     assert {("kernel", True), ("sid_embedding", True), ("heads", True), ("router", True)} <= seen
-    assert {("w_in", True), ("position", True), ("tag", True)} <= seen
+    assert {("w_in", True), ("embedding", True), ("tag", True)} <= seen
 
 
 def test_two_steps_by_hand():

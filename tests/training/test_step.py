@@ -37,7 +37,7 @@ def make_trainer(mesh=(1, 1), *, seed=0, **changes):
 
 
 def batch_of(seed, users=USERS):
-    return random_batch(tiny_config(**SMALL), SPEC, users, seed=seed)
+    return random_batch(tiny_config(**SMALL), SPEC, users, seed=seed, targets=3)
 
 
 def copy(state):
@@ -93,13 +93,15 @@ def first(histories):
 def test_loss_is_the_sum_of_the_levels_by_hand(start, first):
     model = OneRec(tiny_config(**SMALL), SPEC)
     batch = batch_of(0)
+    assert len(set(batch.target_count.tolist())) > 1  # some slots of targets are repeats
     logits = np.asarray(jax.jit(model.apply)(start.variables, batch), np.float64)
     expected = np.zeros(3)
     for user in range(USERS):
-        for level in range(3):
-            row = logits[user, level]
-            expected[level] += np.log(np.exp(row).sum()) - row[batch.target[user, level]]
-    expected /= USERS
+        for target in range(batch.target_count[user]):
+            for level in range(3):
+                row, code = logits[user, target, level], batch.target[user, target, level]
+                expected[level] += np.log(np.exp(row).sum()) - row[code]
+    expected /= batch.target_count.sum()
     np.testing.assert_allclose(first[0]["loss_level"], expected, rtol=1e-5)
     np.testing.assert_allclose(first[0]["loss"], expected.sum(), rtol=1e-5)
 

@@ -44,13 +44,14 @@ class TableColumns:
     rating: str | None = None
     """Any scale; higher is better."""
     click: str | None = None
-    """This and the next six: 0 or 1, or true or false."""
+    """This and the next seven: 0 or 1, or true or false."""
     like: str | None = None
     follow: str | None = None
     comment: str | None = None
     forward: str | None = None
     hate: str | None = None
     long_view: str | None = None
+    profile_enter: str | None = None
     items: pathlib.Path | None = None
     """Parquet or CSV of items; without it, items are the ids that occur and have no text."""
     items_id: str = "item_id"

@@ -1,0 +1,218 @@
+"""Examples to batches: vectorised assembly of the four pathways in NumPy.
+
+A whole batch is gathered at once, so that one thread feeds the accelerator.
+
+Axes: B examples, M targets, T history slots.
+"""
+
+import numpy as np
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.data.examples import Examples
+from onerec_jax.data.features import SINGLE, ActionLog, ItemFeatures, LifelongLog, log_bucket
+from onerec_jax.inputs import Batch, FeatureSpec, Pathway
+
+
+class BatchBuilder:
+    """Gathers the history before given positions into a `Batch` of NumPy arrays.
+
+    The lifelong pathway holds the clusters of the last snapshot closed before the position, or,
+    without `lives`, the latest actions as they are.
+    """
+
+    def __init__(
+        self,
+        log: ActionLog,
+        items: ItemFeatures,
+        cfg: ModelConfig,
+        lives: LifelongLog | None = None,
+    ):
+        self.log, self.items, self.cfg, self.lives = log, items, cfg, lives
+        self._positive_rows = np.flatnonzero(log.positive)
+        # Positive actions before each row of the log, and before its end.
+        self._positives_before = np.concatenate([[0], np.cumsum(log.positive)])
+
+    def __call__(
+        self,
+        user,
+        position,
+        request_time_s=None,
+        *,
+        lifelong_slots: int | None = None,
+        targets: int = 1,
+        target_end=None,
+        positive_targets: bool = False,
+    ) -> Batch:
+        """Batch of B users asked at the given positions.
+
+        Args:
+          user: int `[B]`, user rows.
+          position: int `[B]`; history is positions 0 to `position - 1`. A position may be one past
+            the last action: the target is then zeros and must not be read.
+          request_time_s: int `[B]`, when the recommendation is asked for, from which ages count.
+            None: the time of the target, or of the last action where there is no target.
+          lifelong_slots: T of the lifelong pathway, at least what any user needs; None: as the
+            model has it.
+          targets: M. Those after the first are the user's next actions and share its history.
+          target_end: int `[B]`, position before which targets lie; None: the end of the log.
+          positive_targets: further targets are positive actions only.
+        """
+        log, cfg = self.log, self.cfg
+        first, last = log.offsets[user], log.offsets[np.asarray(user) + 1]
+        here = first + position
+        has_target = here < last
+        at = np.minimum(here, len(log.item) - 1)
+        if request_time_s is None and log.time_s is not None:
+            request_time_s = log.time_s[np.where(has_target, at, np.maximum(here - 1, 0))]
+
+        positive_rows = self._positive_rows if len(self._positive_rows) else np.zeros(1, int)
+        before, since = self._positives_before[here], self._positives_before[first]
+
+        def recent(rows_before, first_row, slots, rows=None):
+            """The latest `slots` rows before, newest first, and how many there are."""
+            index = np.maximum(rows_before[:, None] - 1 - np.arange(slots), 0)
+            count = np.clip(rows_before - first_row, 0, slots)
+            return self._pathway(index if rows is None else rows[index], count, request_time_s)
+
+        target, count = at[:, None], np.ones(len(at), np.int64)
+        if targets > 1:
+            end = last if target_end is None else first + target_end
+            ahead = np.arange(1, targets)
+            if positive_targets:
+                later = self._positives_before[np.minimum(at + 1, last)][:, None] + ahead - 1
+                rows = positive_rows[np.minimum(later, len(positive_rows) - 1)]
+                exists = (later < len(self._positive_rows)) & (rows < end[:, None])
+            else:
+                rows = at[:, None] + ahead
+                exists = rows < end[:, None]
+            count = count + exists.sum(1)
+            target = np.concatenate([target, rows], axis=1)
+            slot = np.arange(targets) % count[:, None]  # repeats fill up: experts see real tokens
+            target = np.take_along_axis(target, slot, axis=1)
+        sid = np.where(has_target[:, None, None], self.items.sid[log.item[target]], 0)
+        return Batch(
+            static=log.static[user],
+            short=recent(here, first, cfg.slots("short")),
+            positive=recent(before, since, cfg.slots("positive"), positive_rows),
+            lifelong=self._lifelong(user, position, first, request_time_s, lifelong_slots),
+            target=sid.astype(np.int32),
+            target_count=count.astype(np.int32),
+        )
+
+    def lifelong_lengths(self, examples: Examples) -> np.ndarray:
+        """Entries of every example's lifelong pathway, int32 `[n]`."""
+        _, length = self._snapshot(examples.user, examples.position)
+        return np.minimum(length, self.cfg.slots("lifelong")).astype(np.int32)
+
+    def _snapshot(self, user, position):
+        """Snapshot of each user, -1 where there is none, and its number of entries."""
+        position = np.asarray(position, np.int64)
+        if self.lives is None:
+            return np.full(len(position), -1), position
+        snapshot = self.lives.find(user, position)
+        known = np.maximum(snapshot, 0)
+        clusters = np.zeros(len(known), np.int64)
+        covered = np.zeros(len(known), np.int64)
+        if len(self.lives.covered):
+            clusters = self.lives.offsets[known + 1] - self.lives.offsets[known]
+            covered = self.lives.covered[known]
+        length = np.where(clusters > 0, clusters, covered)
+        return snapshot, np.where(snapshot < 0, 0, length)
+
+    def _lifelong(self, user, position, first, request_time_s, slots) -> Pathway:
+        """Latest actions, or the clusters of each user's snapshot, newest first."""
+        slots = self.cfg.slots("lifelong") if slots is None else slots
+        snapshot, length = self._snapshot(user, position)
+        count = np.minimum(length, slots)
+        # Without clusters an entry is an action: the latest `length` before the snapshot's end.
+        row = np.maximum((first + length)[:, None] - 1 - np.arange(slots), 0)
+        if self.lives is None:
+            return self._pathway(row, count, request_time_s)
+        lives, known = self.lives, np.maximum(snapshot, 0)
+        if not len(lives.representative) or not slots:
+            clustered = np.zeros((len(count), slots), bool)
+            cluster = np.zeros((len(count), slots), np.int64)
+            representative = np.zeros((len(count), slots), np.int64)
+        else:
+            start = lives.offsets[known]
+            has = (snapshot >= 0) & (lives.offsets[known + 1] > start)
+            clustered = has[:, None] & (np.arange(slots) < count[:, None])
+            cluster = np.where(clustered, start[:, None] + np.arange(slots), 0)
+            representative = lives.representative[cluster]
+        row = np.where(clustered, first[:, None] + representative, row)
+        pathway = self._pathway(row, count, request_time_s)
+        valid = np.arange(slots) < count[:, None]
+        changes = {"count": np.where(valid, SINGLE, 0)}
+        for name, old, new in (
+            ("playtime", pathway.playtime, lives.playtime),
+            ("duration", pathway.duration, lives.duration),
+            ("count", changes["count"], lives.count),
+        ):
+            if old is not None and clustered.any():
+                changes[name] = np.where(clustered, new[cluster], old)
+        if pathway.age is not None and clustered.any():
+            age = log_bucket(request_time_s[:, None] - lives.time_s[cluster])
+            changes["age"] = np.where(clustered, age, pathway.age)
+        return pathway.replace(**{k: v.astype(np.int32) for k, v in changes.items()})
+
+    def _pathway(self, row_bt, length_b, request_time_s) -> Pathway:
+        """Features of the given log rows; everything past the length is zero."""
+        log, items = self.log, self.items
+        valid_bt = np.arange(row_bt.shape[1]) < length_b[:, None]
+
+        def pad(values, dtype=np.int32):
+            mask = valid_bt.reshape(*valid_bt.shape, *(1,) * (values.ndim - 2))
+            return np.where(mask, values, 0).astype(dtype)
+
+        item_bt = log.item[row_bt]
+        age = None
+        if log.time_s is not None:
+            age = pad(log_bucket(request_time_s[:, None] - log.time_s[row_bt]))
+        return Pathway(
+            length=length_b.astype(np.int32),
+            sid=pad(items.sid[item_bt]),
+            item=pad(item_bt),
+            tags=None if items.tags is None else pad(items.tags[item_bt]),
+            author=None if items.author is None else pad(items.author[item_bt]),
+            age=age,
+            playtime=None if log.playtime is None else pad(log.playtime[row_bt]),
+            duration=None if items.duration is None else pad(items.duration[item_bt]),
+            label=None if log.label is None else pad(log.label[row_bt], np.uint8),
+        )
+
+
+def padded_batches(builder: BatchBuilder, examples: Examples, batch_size: int):
+    """Yields `(Batch, number of real rows)` over all examples once, in order.
+
+    The last batch repeats its first row up to `batch_size`, so that one compiled shape serves all.
+    """
+    for start in range(0, len(examples), batch_size):
+        index = np.arange(start, min(start + batch_size, len(examples)))
+        full = np.concatenate([index, np.full(batch_size - len(index), start)])
+        yield builder(examples.user[full], examples.position[full]), len(index)
+
+
+def log_from_histories(histories, spec: FeatureSpec) -> ActionLog:
+    """An `ActionLog` of bare item lists, as a caller without logs would give them.
+
+    Its actions count as done just now (age 0) and as positive, for the caller names what the user
+    likes; labels and play times stay unknown (no bit set, bucket 0). An empty history is a
+    newcomer: all pathways stay empty.
+
+    Args:
+      histories: item rows of each user, oldest first.
+      spec: feature specification of the run.
+    """
+    lengths = np.array([len(items) for items in histories], np.int64)
+    # A last row that belongs to nobody, so that there is a row to gather even for newcomers.
+    item = np.concatenate([*(np.asarray(items, np.int32) for items in histories), [0]])
+    n = len(item)
+    return ActionLog(
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        item=item.astype(np.int32),
+        positive=np.arange(n) < n - 1,
+        time_s=np.zeros(n, np.int64) if spec.has_time else None,
+        playtime=np.zeros(n, np.uint8) if spec.has_playtime else None,
+        label=np.zeros((n, len(spec.labels)), np.uint8) if spec.labels else None,
+        static=np.zeros((len(histories), len(spec.static)), np.int32),
+    )
