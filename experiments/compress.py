@@ -39,7 +39,7 @@ class CompressConfig:
     """Folder from experiments.tokenize: an item's vector is the sum of the centres of its codes."""
     vectors: pathlib.Path | None = None
     """Item vectors: .npy [items, D] in the order of items.parquet, or .parquet with item_id."""
-    lifelong: LifelongConfig = LifelongConfig()
+    compression: LifelongConfig = LifelongConfig()
     workers: int = 0
     """Processes; 0: one a core."""
     overwrite: bool = False
@@ -100,7 +100,7 @@ def main(config: CompressConfig) -> None:
     snapshots = compress(
         dataset,
         item_vectors(config, dataset),
-        config.lifelong,
+        config.compression,
         config.out,
         workers=config.workers or cores,
         overwrite=config.overwrite,

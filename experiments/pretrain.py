@@ -98,6 +98,7 @@ class PretrainConfig:
     """Compressed lives from experiments.compress; default: made with the --compression flags from
     the semantic IDs' own vectors, where some life is longer than --model.lifelong-length."""
     compression: LifelongConfig = LifelongConfig()
+    """Of lives made here; the most clusters are --model.lifelong-length."""
     targets: Literal["all", "positive"] = "all"
     """Actions to predict, in training and test: all, as the report has it, or positive feedback."""
     pipeline: PipelineConfig = PipelineConfig()

@@ -9,10 +9,10 @@ from typing import Literal
 
 from onerec_jax.errors import InputError, require_at_least
 
-Name = Literal["static", "short", "positive", "lifelong"]
-Feature = Literal["author", "tag", "age", "playtime", "duration", "label", "count"]
-PATHWAYS: tuple[Name, ...] = ("static", "short", "positive", "lifelong")
-FEATURES: tuple[Feature, ...] = (
+PathwayName = Literal["static", "short", "positive", "lifelong"]
+FeatureName = Literal["author", "tag", "age", "playtime", "duration", "label", "count"]
+PATHWAYS: tuple[PathwayName, ...] = ("static", "short", "positive", "lifelong")
+FEATURES: tuple[FeatureName, ...] = (
     "author",
     "tag",
     "age",
@@ -48,10 +48,10 @@ class ModelConfig:
     router_bias_rate: float = 1e-3
     """Step u of the loss-free balancing bias (arXiv 2408.15664)."""
 
-    pathways: tuple[Name, ...] = PATHWAYS
+    pathways: tuple[PathwayName, ...] = PATHWAYS
     """Pathways that the encoder reads; one left out costs nothing and leaves the others as they
     are, initial parameters included."""
-    features: tuple[Feature, ...] = FEATURES
+    features: tuple[FeatureName, ...] = FEATURES
     """Features of an interaction beside the item, of those that the data set has; `count` is the
     size of a lifelong cluster."""
     history_item: Literal["sid", "item"] = "sid"
@@ -102,7 +102,7 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
 
-    def slots(self, pathway: Name) -> int:
+    def slots(self, pathway: PathwayName) -> int:
         """Interactions that a pathway holds; 0 if it is off."""
         return getattr(self, f"{pathway}_length") if pathway in self.pathways else 0
 

@@ -57,12 +57,12 @@ class LifelongConfig:
 
     def __post_init__(self):
         require_at_least(
-            self, "lifelong.", max_clusters=1, max_actions=1, chunk_actions=0, growth=0, seed=0
+            self, "compression.", max_clusters=1, max_actions=1, chunk_actions=0, growth=0, seed=0
         )
         if self.max_actions < self.max_clusters:
             raise InputError(
-                f"--lifelong.max-actions {self.max_actions} is less than --lifelong.max-clusters "
-                f"{self.max_clusters}: give at least as many"
+                f"--compression.max-actions {self.max_actions} is less than "
+                f"--compression.max-clusters {self.max_clusters}: give at least as many"
             )
 
 
@@ -124,7 +124,7 @@ def require_time(time_s, config: LifelongConfig) -> None:
     """Refuses days where the source has no time."""
     if time_s is None and not config.chunk_actions:
         raise InputError(
-            "the data set has no time_s to tell days by: give --lifelong.chunk-actions, the "
+            "the data set has no time_s to tell days by: give --compression.chunk-actions, the "
             "number of actions of a chunk"
         )
 

@@ -482,7 +482,7 @@ def test_refuses(tmp_path):
     with pytest.raises(InputError, match="one position a user"):
         compress(dataset, vectors, SMALL, out, since=np.zeros(3))
     timeless, _ = make_log(days=False)
-    with pytest.raises(InputError, match="--lifelong.chunk-actions"):
+    with pytest.raises(InputError, match="--compression.chunk-actions"):
         compress(timeless, vectors, SMALL, out)
     with pytest.raises(InputError, match="sort the actions"):
         Life(vectors, SMALL).append(Actions(np.zeros(2, np.int32), np.array([DAY_S, 0])))
@@ -494,7 +494,7 @@ def test_refuses(tmp_path):
     [{"max_clusters": 0}, {"growth": -0.1}, {"growth": np.nan}, {"chunk_actions": -1}],
 )
 def test_refuses_settings(settings):
-    with pytest.raises(InputError, match="--lifelong."):
+    with pytest.raises(InputError, match="--compression."):
         LifelongConfig(**settings)
     with pytest.raises(InputError, match="at least as many"):
         LifelongConfig(max_actions=100)
@@ -503,7 +503,7 @@ def test_refuses_settings(settings):
 def test_command(tmp_path, capsys):
     dataset, vectors = make_log()
     save_dataset(dataset, tmp_path / "data")
-    flags = ["--data", tmp_path / "data", "--workers", 1, "--lifelong.max-clusters", 8]
+    flags = ["--data", tmp_path / "data", "--workers", 1, "--compression.max-clusters", 8]
 
     def command(*more):
         argv = [str(flag) for flag in (*flags, *more)]
