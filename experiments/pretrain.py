@@ -35,8 +35,8 @@ from onerec_jax.data.examples import (
 )
 from onerec_jax.data.features import build_feature_spec, positive_actions
 from onerec_jax.data.lifelong import LifelongConfig, Snapshots
+from onerec_jax.data.mapped import MappedBatches, write_mapped
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
-from onerec_jax.data.records import RecordBatches, write_records
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.errors import InputError, require_at_least
@@ -246,8 +246,8 @@ def open_run(config: PretrainConfig, data_folder, ids_folder, lifelong_folder, d
 
 
 def training_stream(config: PretrainConfig, run: Run) -> TrainStream:
-    """Training batches; for worker processes the log is written out as records once."""
-    records = None
+    """Training batches; for worker processes the log is written out once, to be mapped."""
+    mapped = None
     if config.pipeline.workers:
         key = {
             "data": run.dataset.fingerprint,
@@ -255,11 +255,11 @@ def training_stream(config: PretrainConfig, run: Run) -> TrainStream:
             "features": run.spec.to_json(),
             "lifelong": run.config["lifelong"],
         }
-        folder = RUNS / "records" / f"{run.dataset.name}-{settings_hash(key)}"
+        folder = RUNS / "mapped" / f"{run.dataset.name}-{settings_hash(key)}"
         if not folder.exists():
-            print(f"writing the log as records to {folder}")
-            write_records(folder, run.builder.log, run.builder.items, run.builder.lives)
-        records = RecordBatches(folder, run.model_config)
+            print(f"writing the log for the workers to {folder}")
+            write_mapped(folder, run.builder)
+        mapped = MappedBatches(folder, run.model_config)
     return TrainStream(
         run.builder,
         train_examples(run.split, run.eligible),
@@ -268,7 +268,7 @@ def training_stream(config: PretrainConfig, run: Run) -> TrainStream:
         config.seed,
         run.split.train_end,
         positive_targets=run.eligible is not None,
-        records=records,
+        mapped=mapped,
     )
 
 

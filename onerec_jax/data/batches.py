@@ -28,9 +28,6 @@ class BatchBuilder:
         lives: LifelongLog | None = None,
     ):
         self.log, self.items, self.cfg, self.lives = log, items, cfg, lives
-        self._positive_rows = np.flatnonzero(log.positive)
-        # Positive actions before each row of the log, and before its end.
-        self._positives_before = np.concatenate([[0], np.cumsum(log.positive)])
 
     def __call__(
         self,
@@ -65,8 +62,9 @@ class BatchBuilder:
         if request_time_s is None and log.time_s is not None:
             request_time_s = log.time_s[np.where(has_target, at, np.maximum(here - 1, 0))]
 
-        positive_rows = self._positive_rows if len(self._positive_rows) else np.zeros(1, int)
-        before, since = self._positives_before[here], self._positives_before[first]
+        known = log.positive_rows
+        positive_rows = known if len(known) else np.zeros(1, int)
+        before, since = np.searchsorted(known, here), np.searchsorted(known, first)
 
         def recent(rows_before, first_row, slots, rows=None):
             """The latest `slots` rows before, newest first, and how many there are."""
@@ -79,9 +77,9 @@ class BatchBuilder:
             end = last if target_end is None else first + target_end
             ahead = np.arange(1, targets)
             if positive_targets:
-                later = self._positives_before[np.minimum(at + 1, last)][:, None] + ahead - 1
+                later = np.searchsorted(known, np.minimum(at + 1, last))[:, None] + ahead - 1
                 rows = positive_rows[np.minimum(later, len(positive_rows) - 1)]
-                exists = (later < len(self._positive_rows)) & (rows < end[:, None])
+                exists = (later < len(known)) & (rows < end[:, None])
             else:
                 rows = at[:, None] + ahead
                 exists = rows < end[:, None]
@@ -101,59 +99,51 @@ class BatchBuilder:
 
     def lifelong_lengths(self, examples: Examples) -> np.ndarray:
         """Entries of every example's lifelong pathway, int32 `[n]`."""
-        _, length = self._snapshot(examples.user, examples.position)
+        length, _ = self._life(examples.user, examples.position)
         return np.minimum(length, self.cfg.slots("lifelong")).astype(np.int32)
 
-    def _snapshot(self, user, position):
-        """Snapshot of each user, -1 where there is none, and its number of entries."""
-        position = np.asarray(position, np.int64)
+    def _life(self, user, position):
+        """Entries of each user's life, and its first cluster: -1 if the entries are actions."""
         if self.lives is None:
-            return np.full(len(position), -1), position
+            return np.asarray(position, np.int64), np.full(len(user), -1)
         snapshot = self.lives.find(user, position)
-        known = np.maximum(snapshot, 0)
-        clusters = np.zeros(len(known), np.int64)
-        covered = np.zeros(len(known), np.int64)
-        if len(self.lives.covered):
-            clusters = self.lives.offsets[known + 1] - self.lives.offsets[known]
-            covered = self.lives.covered[known]
-        length = np.where(clusters > 0, clusters, covered)
-        return snapshot, np.where(snapshot < 0, 0, length)
+        length, cluster = np.zeros(len(snapshot), np.int64), np.full(len(snapshot), -1)
+        has = np.flatnonzero(snapshot >= 0)
+        start, end = self.lives.offsets[snapshot[has]], self.lives.offsets[snapshot[has] + 1]
+        length[has] = np.where(end > start, end - start, self.lives.covered(snapshot[has]))
+        cluster[has] = np.where(end > start, start, -1)
+        return length, cluster
 
     def _lifelong(self, user, position, first, request_time_s, slots) -> Pathway:
         """Latest actions, or the clusters of each user's snapshot, newest first."""
         slots = self.cfg.slots("lifelong") if slots is None else slots
-        snapshot, length = self._snapshot(user, position)
-        count = np.minimum(length, slots)
+        length, cluster = self._life(user, position)
+        count, place = np.minimum(length, slots), np.arange(slots)
+        valid = place < count[:, None]
+        clustered = valid & (cluster[:, None] >= 0)
         # Without clusters an entry is an action: the latest `length` before the snapshot's end.
-        row = np.maximum((first + length)[:, None] - 1 - np.arange(slots), 0)
-        if self.lives is None:
-            return self._pathway(row, count, request_time_s)
-        lives, known = self.lives, np.maximum(snapshot, 0)
-        if not len(lives.representative) or not slots:
-            clustered = np.zeros((len(count), slots), bool)
-            cluster = np.zeros((len(count), slots), np.int64)
-            representative = np.zeros((len(count), slots), np.int64)
-        else:
-            start = lives.offsets[known]
-            has = (snapshot >= 0) & (lives.offsets[known + 1] > start)
-            clustered = has[:, None] & (np.arange(slots) < count[:, None])
-            cluster = np.where(clustered, start[:, None] + np.arange(slots), 0)
-            representative = lives.representative[cluster]
-        row = np.where(clustered, first[:, None] + representative, row)
+        row = np.maximum((first + length)[:, None] - 1 - place, 0)
+        if clustered.any():
+            cluster = np.where(clustered, cluster[:, None] + place, 0)
+            row = np.where(clustered, first[:, None] + self.lives.representative[cluster], row)
         pathway = self._pathway(row, count, request_time_s)
-        valid = np.arange(slots) < count[:, None]
-        changes = {"count": np.where(valid, SINGLE, 0)}
-        for name, old, new in (
-            ("playtime", pathway.playtime, lives.playtime),
-            ("duration", pathway.duration, lives.duration),
-            ("count", changes["count"], lives.count),
-        ):
-            if old is not None and clustered.any():
-                changes[name] = np.where(clustered, new[cluster], old)
-        if pathway.age is not None and clustered.any():
-            age = log_bucket(request_time_s[:, None] - lives.time_s[cluster])
-            changes["age"] = np.where(clustered, age, pathway.age)
-        return pathway.replace(**{k: v.astype(np.int32) for k, v in changes.items()})
+        if self.lives is None:
+            return pathway
+        pathway = pathway.replace(count=np.where(valid, SINGLE, 0).astype(np.int32))
+        if not clustered.any():
+            return pathway
+        of_clusters = {
+            name: getattr(self.lives, name) for name in ("playtime", "duration", "count")
+        }
+        means = {name: x[cluster] for name, x in of_clusters.items() if x is not None}
+        if pathway.age is not None:
+            means["age"] = log_bucket(request_time_s[:, None] - self.lives.time_s[cluster])
+        return pathway.replace(
+            **{
+                name: np.where(clustered, mean, getattr(pathway, name)).astype(np.int32)
+                for name, mean in means.items()
+            }
+        )
 
     def _pathway(self, row_bt, length_b, request_time_s) -> Pathway:
         """Features of the given log rows; everything past the length is zero."""
@@ -210,7 +200,7 @@ def log_from_histories(histories, spec: FeatureSpec) -> ActionLog:
     return ActionLog(
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         item=item.astype(np.int32),
-        positive=np.arange(n) < n - 1,
+        positive_rows=np.arange(n - 1),
         time_s=np.zeros(n, np.int64) if spec.has_time else None,
         playtime=np.zeros(n, np.uint8) if spec.has_playtime else None,
         label=np.zeros((n, len(spec.labels)), np.uint8) if spec.labels else None,

@@ -16,12 +16,11 @@ out.
 
 import dataclasses
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 import polars as pl
 
-from onerec_jax.data.lifelong import Snapshots
+from onerec_jax.data.lifelong import Snapshots, find_snapshot
 from onerec_jax.data.schema import FEEDBACK, Dataset
 from onerec_jax.data.splits import Split, train_mask
 from onerec_jax.errors import InputError
@@ -189,7 +188,7 @@ class ActionLog:
 
     offsets: np.ndarray  # int64 [U + 1]
     item: np.ndarray  # int32 [N], item row
-    positive: np.ndarray  # bool [N]
+    positive_rows: np.ndarray  # int64 [P], rows of positive actions, ascending
     time_s: np.ndarray | None  # int64 [N]
     playtime: np.ndarray | None  # uint8 [N], log bucket
     label: np.ndarray | None  # uint8 [N, labels]
@@ -239,7 +238,7 @@ def action_log(dataset: Dataset, spec: FeatureSpec) -> ActionLog:
     return ActionLog(
         offsets=dataset.offsets,
         item=dataset.item_rows,
-        positive=positive_actions(dataset, spec.positive),
+        positive_rows=np.flatnonzero(positive_actions(dataset, spec.positive)),
         time_s=dataset.column("time_s") if spec.has_time else None,
         playtime=playtime,
         label=label,
@@ -277,14 +276,21 @@ class LifelongLog:
     duration are means over its members.
     """
 
-    find: Callable  # (user [B], position [B]) -> snapshot int64 [B], -1 for none
-    covered: np.ndarray  # int32 [S], actions of the user that the snapshot stands for
+    keys: np.ndarray  # int64 [S], ascending: user << 32 | actions that the snapshot stands for
     offsets: np.ndarray  # int64 [S + 1]; a snapshot without clusters is its actions themselves
     representative: np.ndarray  # int32 [C], position within the user
     time_s: np.ndarray | None  # int64 [C]
     playtime: np.ndarray | None  # uint8 [C], log bucket
     duration: np.ndarray | None  # uint8 [C], log bucket
     count: np.ndarray  # uint8 [C], log bucket of the number of members
+
+    def find(self, user, position) -> np.ndarray:
+        """`find_snapshot` among these."""
+        return find_snapshot(self.keys, user, position)
+
+    def covered(self, snapshot) -> np.ndarray:
+        """Actions of the user that each snapshot stands for, int64."""
+        return self.keys[snapshot] & 0xFFFFFFFF
 
 
 SINGLE = int(log_bucket(1))
@@ -295,8 +301,7 @@ def uncompressed(log: ActionLog) -> LifelongLog:
     """Lives in which every action of a user stands for itself, for histories given by hand."""
     none = np.zeros(0, np.int64)
     return LifelongLog(
-        find=lambda user, position: np.asarray(user, np.int64),
-        covered=np.diff(log.offsets),
+        keys=np.arange(len(log.offsets) - 1) << 32 | np.diff(log.offsets),
         offsets=np.zeros(len(log.offsets), np.int64),
         representative=none,
         time_s=none,
@@ -313,8 +318,7 @@ def lifelong_log(snapshots: Snapshots, spec: FeatureSpec) -> LifelongLog:
         return log_bucket(values, 4).astype(np.uint8) if has else None
 
     return LifelongLog(
-        find=snapshots.find,
-        covered=snapshots.covered,
+        keys=snapshots.keys,
         offsets=snapshots.cluster_offsets,
         representative=snapshots.representative,
         time_s=snapshots.time_s if spec.has_time else None,

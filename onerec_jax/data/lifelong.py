@@ -236,6 +236,15 @@ class Life:
 # ------------------------------------------------------------------------------------ all of them
 
 
+def find_snapshot(keys_s: np.ndarray, user, position) -> np.ndarray:
+    """`Snapshots.find` by keys user << 32 | covered, int64 `[S]`, ascending."""
+    if not len(keys_s):
+        return np.full(np.shape(user), -1, np.int64)
+    user = np.asarray(user, np.int64)
+    found = np.searchsorted(keys_s, user << 32 | np.asarray(position, np.int64), "right") - 1
+    return np.where((found >= 0) & (keys_s[found] >> 32 == user), found, -1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Snapshots:
     """Snapshots of all users, by user and then by `covered`.
@@ -259,7 +268,8 @@ class Snapshots:
     """Format, settings, fingerprints of the data set and of the vectors, counts."""
 
     @functools.cached_property
-    def _keys(self) -> np.ndarray:
+    def keys(self) -> np.ndarray:
+        """Int64 `[S]`, ascending: user << 32 | covered."""
         user = np.repeat(np.arange(len(self.user_offsets) - 1), np.diff(self.user_offsets))
         return user << 32 | self.covered
 
@@ -273,9 +283,7 @@ class Snapshots:
         Returns:
           int64 `[B]`, -1 where there is none.
         """
-        user = np.asarray(user, np.int64)
-        found = np.searchsorted(self._keys, user << 32 | np.asarray(position, np.int64), "right")
-        return np.where(found > self.user_offsets[user], found - 1, -1)
+        return find_snapshot(self.keys, user, position)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from onerec_jax.data.examples import (
     bucket_sizes,
     check_batch_size,
 )
-from onerec_jax.data.records import RecordBatches
+from onerec_jax.data.mapped import MappedBatches
 from onerec_jax.errors import require_at_least
 from onerec_jax.inputs import Batch
 
@@ -32,7 +32,7 @@ class PipelineConfig:
     length_buckets: bool = True
     """Batch users with lifelong histories of similar length, so that short ones cost little."""
     workers: int = 0
-    """Processes that assemble batches from ArrayRecord files; 0: a thread, from memory."""
+    """Processes that assemble batches, from the log as memory maps; 0: a thread, from memory."""
 
     def __post_init__(self):
         require_at_least(self, "pipeline.", targets_per_user=1, workers=0)
@@ -44,7 +44,7 @@ class TrainStream:
 
     Attributes:
       builder: of the whole log in memory.
-      records: reads the same log in worker processes; needed if `config.workers`.
+      mapped: the same log for worker processes; needed if `config.workers`.
       target_end: int `[U]`, position of each user before which targets lie.
       positive_targets: `examples` are positive actions, further targets too.
     """
@@ -56,7 +56,7 @@ class TrainStream:
     seed: int
     target_end: np.ndarray
     positive_targets: bool = False
-    records: RecordBatches | None = None
+    mapped: MappedBatches | None = None
 
     def __post_init__(self):
         check_batch_size(self.batch_size, self.examples)
@@ -66,7 +66,7 @@ class TrainStream:
         import grain
         from absl import flags
 
-        assemble = self._assembler()
+        assemble = self.assembler()
         dataset = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(assemble)
         stream = dataset.to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 if self.config.workers else 4)
@@ -79,7 +79,8 @@ class TrainStream:
             )
         return iter(stream)
 
-    def _assembler(self) -> "Assembler":
+    def assembler(self) -> "Assembler":
+        """What makes batch k, in this process."""
         processes, process = jax.process_count(), jax.process_index()
         sizes, lengths = (self.builder.cfg.slots("lifelong"),), None
         if self.config.length_buckets:
@@ -87,20 +88,16 @@ class TrainStream:
             lengths = self.builder.lifelong_lengths(self.examples)
         examples = self.examples
         batches = ShuffledBatches(len(examples), self.batch_size, self.seed, lengths, sizes)
-        snapshot = None
-        if self.config.workers and self.builder.lives is not None:
-            snapshot = self.builder.lives.find(examples.user, examples.position)
         share = slice(
             process * self.batch_size // processes, (process + 1) * self.batch_size // processes
         )
         return Assembler(
-            self.records if self.config.workers else self.builder,
+            self.mapped if self.config.workers else self.builder,
             batches,
             share,
             examples.user,
             examples.position,
-            self.target_end[examples.user],
-            snapshot,
+            self.target_end,
             self.config.targets_per_user,
             self.positive_targets,
         )
@@ -110,29 +107,24 @@ class TrainStream:
 class Assembler:
     """Number of a batch to batch; a value that worker processes can be given."""
 
-    source: BatchBuilder | RecordBatches
+    source: BatchBuilder | MappedBatches
     batches: ShuffledBatches
     share: slice
     user: np.ndarray  # int32 [n]
     position: np.ndarray  # int32 [n]
-    target_end: np.ndarray  # int32 [n]
-    snapshot: np.ndarray | None  # int64 [n], for records
+    target_end: np.ndarray  # int32 [U]
     targets: int
     positive_targets: bool
 
     def __call__(self, batch: int) -> Batch:
         index, slots = self.batches(batch)
         index = index[self.share]
-        snapshot = {}
-        if isinstance(self.source, RecordBatches):
-            none = np.full(len(index), -1)
-            snapshot["snapshot"] = none if self.snapshot is None else self.snapshot[index]
+        user = self.user[index]
         return self.source(
-            self.user[index],
+            user,
             self.position[index],
             lifelong_slots=slots,
             targets=self.targets,
-            target_end=self.target_end[index],
+            target_end=self.target_end[user],
             positive_targets=self.positive_targets,
-            **snapshot,
         )

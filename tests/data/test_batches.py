@@ -55,7 +55,7 @@ def one_example(builder, user, position, request):
     past = rows[:position][::-1]
     chosen = {
         "short": past[: CFG.short_length],
-        "positive": [row for row in past if log.positive[row]][: CFG.positive_length],
+        "positive": [row for row in past if row in log.positive_rows][: CFG.positive_length],
         "lifelong": past[: CFG.lifelong_length],
     }
     pathways = {}
@@ -102,8 +102,7 @@ def test_batches_against_one_example_at_a_time(request_time):
 
 def test_no_positive_action_at_all():
     builder, _ = builder_of(helpers.full_dataset())
-    nothing = np.zeros_like(builder.log.positive)
-    log = dataclasses.replace(builder.log, positive=nothing)
+    log = dataclasses.replace(builder.log, positive_rows=np.zeros(0, np.int64))
     batch = BatchBuilder(log, builder.items, CFG)(*every_position(log))
     assert batch.positive.length.sum() == 0
     assert batch.positive.item.sum() == 0
@@ -332,7 +331,7 @@ def test_several_targets_against_a_loop(positive):
         (u, p)
         for u in range(9)
         for p in range(1, end[u])
-        if not positive or log.positive[log.offsets[u] + p]
+        if not positive or log.offsets[u] + p in log.positive_rows
     ]
     user, position = np.array(pairs).T
     batch = builder(user, position, targets=3, target_end=end[user], positive_targets=positive)
@@ -341,7 +340,7 @@ def test_several_targets_against_a_loop(positive):
         rows = [
             log.offsets[u] + q
             for q in range(p, end[u])
-            if q == p or not positive or log.positive[log.offsets[u] + q]
+            if q == p or not positive or log.offsets[u] + q in log.positive_rows
         ][:3]
         assert batch.target_count[row] == len(rows)
         counts.add(len(rows))

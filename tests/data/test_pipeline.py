@@ -1,5 +1,7 @@
 """The stream of training batches: from memory or by worker processes, always the same."""
 
+import pickle
+
 import chex
 import helpers
 import jax
@@ -16,8 +18,8 @@ from onerec_jax.data.features import (
     lifelong_log,
 )
 from onerec_jax.data.lifelong import LifelongConfig
+from onerec_jax.data.mapped import MappedBatches, write_mapped
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
-from onerec_jax.data.records import RecordBatches, write_records
 from onerec_jax.data.splits import make_split
 from onerec_jax.errors import InputError
 from onerec_jax.inputs import PositiveRule
@@ -27,7 +29,7 @@ CFG = helpers.tiny_config(lifelong_length=70)
 
 @pytest.fixture(scope="module", params=["clusters", "latest"])
 def parts(request, tmp_path_factory):
-    """Builder, records, examples and targets' ends of a log, with and without compressed lives."""
+    """Builder, mapped log, examples and ends of targets, with and without compressed lives."""
     folder = tmp_path_factory.mktemp(request.param)
     dataset = helpers.full_dataset(users=40)
     split, ids = make_split(dataset), helpers.random_ids(dataset.num_items)
@@ -38,15 +40,15 @@ def parts(request, tmp_path_factory):
         config = LifelongConfig(max_clusters=5, chunk_actions=2, growth=0)
         lives = lifelong_log(compress(dataset, ids.vectors, config, folder / "lives"), spec)
     log, items = action_log(dataset, spec), item_features(dataset, split, ids, spec)
-    write_records(folder / "records", log, items, lives)
     builder = BatchBuilder(log, items, CFG, lives)
-    return builder, RecordBatches(folder / "records", CFG), train_examples(split), split.train_end
+    write_mapped(folder / "mapped", builder)
+    return builder, MappedBatches(folder / "mapped", CFG), train_examples(split), split.train_end
 
 
 def stream(parts, *, batch_size=8, seed=0, **config):
-    builder, records, examples, end = parts
+    builder, mapped, examples, end = parts
     return TrainStream(
-        builder, examples, PipelineConfig(**config), batch_size, seed, end, records=records
+        builder, examples, PipelineConfig(**config), batch_size, seed, end, mapped=mapped
     )
 
 
@@ -59,7 +61,7 @@ def take(iterator, count):
 def test_batches_are_those_of_the_builder(parts):
     builder, _, examples, end = parts
     made = stream(parts, targets_per_user=2)
-    index, slots = made._assembler().batches(0)
+    index, slots = made.assembler().batches(0)
     expected = builder(
         examples.user[index],
         examples.position[index],
@@ -78,16 +80,15 @@ def test_resumes_at_any_step(parts, step):
     chex.assert_trees_all_equal(take(stream(parts)(step), 3), whole[step:])
 
 
-def test_records_give_what_memory_gives(parts):
-    builder, records, examples, end = parts
+def test_a_mapped_log_gives_what_memory_gives(parts):
+    builder, mapped, examples, end = parts
     user, position = examples.user[::3], examples.position[::3]
     options = {"targets": 2, "target_end": end[user]}
-    snapshot = np.full(len(user), -1)
-    if builder.lives is not None:
-        snapshot = builder.lives.find(user, position)
-        assert (snapshot >= 0).any()
     expected = builder(user, position, **options)
-    chex.assert_trees_all_equal(records(user, position, snapshot, **options), expected)
+    mapped(user, position)  # opened: what is sent to a worker must still be a path
+    sent = pickle.dumps(mapped)
+    assert len(sent) < 2000
+    chex.assert_trees_all_equal(pickle.loads(sent)(user, position, **options), expected)
 
 
 def test_worker_processes_change_nothing(parts):

@@ -1,0 +1,136 @@
+"""What studies share: many runs side by side, and how arms are compared.
+
+An arm is one setting under study. Every arm runs once a seed; the same seed means the same data
+order and, where the arms allow it, the same initial parameters.
+
+Axes: S seeds, U users.
+"""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    tasks: Mapping[str, tuple],
+    *,
+    parallel: int,
+    logs: pathlib.Path,
+    gpus: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Calls `function(*arguments)` for every named task, some at a time, each in its own process.
+
+    A process has its share of the CPU cores to itself; what it prints goes to `logs/NAME.log`.
+
+    Args:
+      function: of a module, so that a fresh process can import it; writes its results to files.
+      tasks: name -> arguments.
+      parallel: tasks at a time.
+      gpus: GPUs to deal the processes out to; 0 leaves them as JAX finds them.
+
+    Raises:
+      RuntimeError: a task failed; the others have run to their end.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for place in range(parallel):
+        gpu = place % gpus if gpus else None
+        places.put((cores[place::parallel], gpu, -(-parallel // gpus) if gpus else 1))
+    failed, begin = [], time.perf_counter()
+    # A process a task: nothing of one run is left for the next, compiled programs on disk apart.
+    with concurrent.futures.ProcessPoolExecutor(
+        parallel, context, _take_place, (places,), max_tasks_per_child=1
+    ) as pool:
+        waiting = {
+            pool.submit(_logged, function, arguments, logs / f"{name}.log"): name
+            for name, arguments in tasks.items()
+        }
+        for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            name = waiting[future]
+            if future.exception() is not None:
+                failed.append(name)
+                say(f"{name} failed: {future.exception()!r}")
+            minutes = (time.perf_counter() - begin) / 60
+            say(f"{name}: {done} of {len(tasks)} done after {minutes:.1f} min")
+    if failed:
+        raise RuntimeError(f"{', '.join(failed)} failed: see {logs}")
+
+
+def _take_place(places) -> None:
+    """Start of a process: its cores and its part of a GPU, before JAX looks for devices."""
+    import atexit
+
+    place = places.get()
+    atexit.register(places.put, place)
+    cores, gpu, sharing = place
+    if cores:
+        os.sched_setaffinity(0, cores)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.2f}"
+
+
+def _logged(function, arguments, path) -> None:
+    with (
+        open(path, "w", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        function(*arguments)
+
+
+def paired_over_seeds(
+    a_su: np.ndarray, b_su: np.ndarray, *, seed: int = 0, resamples: int = 2000
+) -> dict[str, Any]:
+    """Mean of a - b with a 95% interval over users and seeds, and its sign in each seed.
+
+    Users and seeds are drawn anew independently (a user stays the same in every seed and arm), so
+    that the interval holds what either would change.
+
+    Args:
+      a_su, b_su: float `[S, U]`, one metric of two arms; NaN where a user has none.
+
+    Returns:
+      `a`, `b` (means), `difference`, `ci95` [lower, upper], `by_seed` (differences) and `agrees`,
+      whether all seeds have one sign.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    if a_su.shape != b_su.shape or a_su.ndim != 2:
+        raise ValueError(f"arms of shapes {a_su.shape} and {b_su.shape} cannot be paired")
+    seeds, users = a_su.shape
+    rng = np.random.default_rng(seed)
+    differences = a_su - b_su
+    means = np.empty(resamples)
+    for i in range(resamples):
+        drawn = differences[rng.integers(seeds, size=seeds)]
+        means[i] = np.nanmean(drawn[:, rng.integers(users, size=users)])
+    by_seed = np.nanmean(differences, axis=1)
+    return {
+        "a": float(np.nanmean(a_su)),
+        "b": float(np.nanmean(b_su)),
+        "difference": float(np.nanmean(differences)),
+        "ci95": np.percentile(means, [2.5, 97.5]).tolist(),
+        "by_seed": by_seed.tolist(),
+        "agrees": bool((by_seed > 0).all() or (by_seed < 0).all()),
+    }
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, the first column to the left."""
+    header = list(header)
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
