@@ -45,6 +45,10 @@ class ModelConfig:
     """sigmoid: renormalised over the chosen experts (DeepSeek-V3); softmax: as OneRec V0."""
     capacity_factor: float = 0.0
     """Rows an expert may take, as a multiple of a balanced load; 0 = dropless, exact."""
+    expert_every: int = 1
+    """Every so many-th block has experts, the others a dense layer."""
+    encoder_experts: bool = False
+    """Experts in the encoder too, in the same places."""
     router_bias_rate: float = 1e-3
     """Step u of the loss-free balancing bias (arXiv 2408.15664)."""
 
@@ -71,6 +75,9 @@ class ModelConfig:
     """Dropout after each sublayer and on pathway outputs; the papers name none."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more FLOPs."""
+    unroll: bool = False
+    """Compile every block by itself, not one for all in a loop: faster on GPUs, which then copy no
+    activations in and out of the loop's stacks, and slower to compile."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """auto: cuDNN for 16-bit types on a GPU, XLA elsewhere."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -83,6 +90,7 @@ class ModelConfig:
             raise InputError("--model.pathways names no history: add short, positive or lifelong")
         sizes = ("d_model", "encoder_layers", "decoder_layers", "num_heads", "ff_dim", "expert_dim")
         widths = ("author_dim", "feature_dim", "static_dim", "lifelong_queries", "lifelong_blocks")
+        widths += ("expert_every",)
         lengths = ("short_length", "positive_length", "lifelong_length")
         zeros = ("num_experts", "capacity_factor", "router_bias_rate", "dropout")
         require_at_least(self, "model.", **dict.fromkeys(sizes + widths, 1))
@@ -92,6 +100,12 @@ class ModelConfig:
                 f"--model.d-model {self.d_model} is no multiple of --model.num-heads "
                 f"{self.num_heads}: change one of them"
             )
+        for stack in ("encoder", "decoder"):
+            if (layers := getattr(self, f"{stack}_layers")) % self.expert_every:
+                raise InputError(
+                    f"--model.expert-every {self.expert_every} does not divide "
+                    f"--model.{stack}-layers {layers}: change one of them"
+                )
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise InputError(
                 f"--model.experts-per-token {self.experts_per_token} must lie between 1 and "
@@ -106,6 +120,13 @@ class ModelConfig:
         """Interactions that a pathway holds; 0 if it is off."""
         return getattr(self, f"{pathway}_length") if pathway in self.pathways else 0
 
+    def expert_layers(self, stack: Literal["encoder", "decoder"]) -> int:
+        """Blocks of a stack that have experts."""
+        if not self.num_experts or (stack == "encoder" and not self.encoder_experts):
+            return 0
+        layers = self.encoder_layers if stack == "encoder" else self.decoder_layers
+        return layers // self.expert_every
+
     @property
     def encoder_length(self) -> int:
         """Most tokens of the encoder: static, short-term, positive feedback, lifelong queries."""
@@ -114,7 +135,7 @@ class ModelConfig:
 
 
 V1_LARGE = ModelConfig(
-    d_model=1024, encoder_layers=4, decoder_layers=4, num_heads=8, ff_dim=2048, remat=True
+    d_model=1024, encoder_layers=4, decoder_layers=4, num_heads=8, ff_dim=2048, unroll=True
 )
 
 PRESETS: dict[str, ModelConfig] = {

@@ -143,6 +143,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=cfg.decoder_layers,
+            unroll=cfg.decoder_layers if cfg.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
             methods=["__call__", "cross_kv", "step"],
         )

@@ -7,6 +7,7 @@ Axes: B users, T history positions or encoder tokens, Q queries, W features side
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from onerec_jax.config import ModelConfig
@@ -18,13 +19,16 @@ from onerec_jax.models.layers import (
     attention,
     dense,
     embedding,
+    leaky_relu,
+    lookup,
     partitioned,
+    resolve_attention,
     rms_norm,
 )
 from onerec_jax.models.qformer import QFormer
 
 
-def embed_sid(table_vd, sid, codebook_size):
+def embed_sid(table_vd, sid, codebook_size, dtype):
     """Sum of the level-specific embeddings of semantic IDs.
 
     Args:
@@ -32,7 +36,7 @@ def embed_sid(table_vd, sid, codebook_size):
       sid: int32 `[..., levels]`.
     """
     offset = jnp.arange(sid.shape[-1]) * codebook_size
-    return jnp.take(table_vd, sid + offset, axis=0).sum(-2)
+    return lookup(table_vd, sid + offset, dtype).sum(-2)
 
 
 class InteractionFeatures(nn.Module):
@@ -50,19 +54,18 @@ class InteractionFeatures(nn.Module):
         cfg, spec = self.cfg, self.spec
         parts = []
 
-        def lookup(name, index, size, width):
-            table = self.param(name, *embedding(size, width))
-            part = jnp.take(table.astype(self.dtype), index, axis=0)
+        def add(name, index, size, width):
+            part = lookup(self.param(name, *embedding(size, width)), index, self.dtype)
             parts.append(jnp.where((index > 0)[..., None], part, 0))  # 0: unknown
 
         if cfg.history_item == "item":
-            lookup("item", pathway.item + 1, spec.num_items + 1, cfg.d_model)
+            add("item", pathway.item + 1, spec.num_items + 1, cfg.d_model)
         else:
-            parts.append(embed_sid(sid_table.astype(self.dtype), pathway.sid, spec.codebook_size))
+            parts.append(embed_sid(sid_table, pathway.sid, spec.codebook_size, self.dtype))
         if spec.num_authors and "author" in cfg.features:
-            lookup("author", pathway.author, spec.num_authors + 1, cfg.author_dim)
+            add("author", pathway.author, spec.num_authors + 1, cfg.author_dim)
         if spec.tags and "tag" in cfg.features:
-            lookup("tag", pathway.tags, len(spec.tags) + 1, cfg.feature_dim)
+            add("tag", pathway.tags, len(spec.tags) + 1, cfg.feature_dim)
             count = jnp.maximum((pathway.tags > 0).sum(-1, keepdims=True), 1)
             parts[-1] = parts[-1].sum(-2) / count.astype(self.dtype)
         for name, has in (
@@ -72,7 +75,7 @@ class InteractionFeatures(nn.Module):
             ("count", pathway.count is not None),  # of the lifelong pathway only
         ):
             if has and name in cfg.features:
-                lookup(name, getattr(pathway, name), TIME_BUCKETS, cfg.feature_dim)
+                add(name, getattr(pathway, name), TIME_BUCKETS, cfg.feature_dim)
         if spec.labels and "label" in cfg.features:
             bits = pathway.label.astype(self.dtype)
             parts.append(
@@ -93,7 +96,7 @@ class StaticFeatures(nn.Module):
         parts = []
         for i, feature in enumerate(self.spec.static):
             table = self.param(feature.name, *embedding(feature.size + 1, self.width))
-            parts.append(jnp.take(table.astype(self.dtype), static[:, i], axis=0))
+            parts.append(lookup(table, static[:, i], self.dtype))
         return jnp.concatenate(parts, axis=-1)
 
 
@@ -118,7 +121,7 @@ class PathwayMLP(nn.Module):
     @nn.compact
     def __call__(self, f):
         h = dense(self.d_model, axes=(None, "ff"), dtype=self.dtype, name="w_in", use_bias=True)(f)
-        h = nn.leaky_relu(h, 0.01)
+        h = leaky_relu(h)
         return dense(
             self.d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out", use_bias=True
         )(h)
@@ -161,25 +164,52 @@ class EncoderBlock(nn.Module):
         maps = Projections(cfg.d_model, cfg.num_heads, self.dtype, name="attention")
         x = rms_norm(dtype=self.dtype, name="norm_attention")(z_btd)
         y = attention(
-            maps.q(x), maps.k(x), maps.v(x), key_length_b=length_b, implementation=cfg.attention
+            maps.q(x),
+            maps.k(x),
+            maps.v(x),
+            key_length_b=length_b,
+            implementation=cfg.attention,
+            zero_empty=False,  # tokens past a length are never read, all of an empty user's are
         )
         z_btd = z_btd + drop(maps.o(y))
         x = rms_norm(dtype=self.dtype, name="norm_ff")(z_btd)
         return z_btd + drop(FeedForward(cfg.ff_dim, self.dtype, name="ff")(x)), None
 
 
-def pack_valid_first(z_btd, valid_bt):
+@jax.custom_vjp
+def permute(z_btd, order_bt):
+    """`z[b, order[b, t]]` of a permutation; the gradient is a gather too, and no scatter."""
+    return jnp.take_along_axis(z_btd, order_bt[..., None], axis=1)
+
+
+def _permute_forward(z_btd, order_bt):
+    return permute(z_btd, order_bt), order_bt
+
+
+def _permute_backward(order_bt, gradient_btd):
+    return permute(gradient_btd, jnp.argsort(order_bt, axis=1)), None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
+def pack_valid_first(z_btd, valid_bt, multiple=1):
     """Moves valid tokens to the front, in order, so that a length can stand for the mask.
 
     Attention kernels are fast with lengths and slow with masks. Position embeddings must be added
     before: afterwards a token no longer knows its slot.
 
+    Args:
+      multiple: T is padded to a multiple of it.
+
     Returns:
       The packed tokens and the int32 number of valid ones of each user.
     """
+    more = -valid_bt.shape[1] % multiple
+    z_btd = jnp.pad(z_btd, ((0, 0), (0, more), (0, 0)))
+    valid_bt = jnp.pad(valid_bt, ((0, 0), (0, more)))
     order_bt = jnp.argsort(~valid_bt, axis=1, stable=True)
-    packed = jnp.take_along_axis(z_btd, order_bt[..., None], axis=1)
-    return packed, valid_bt.sum(1, dtype=jnp.int32)
+    return permute(z_btd, order_bt), valid_bt.sum(1, dtype=jnp.int32)
 
 
 class Encoder(nn.Module):
@@ -218,7 +248,9 @@ class Encoder(nn.Module):
 
         z = jnp.concatenate(tokens, axis=1)
         z = nn.Dropout(cfg.dropout, deterministic=not train)(z)
-        z, length = pack_valid_first(z, jnp.concatenate(valid, axis=1))
+        # cuDNN is at its best from multiples of 8 on, and refuses odd lengths.
+        multiple = 8 if resolve_attention(cfg.attention, dtype) == "cudnn" else 1
+        z, length = pack_valid_first(z, jnp.concatenate(valid, axis=1), multiple)
 
         block = nn.remat(EncoderBlock, prevent_cse=False) if cfg.remat else EncoderBlock
         layers = nn.scan(
@@ -227,6 +259,7 @@ class Encoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=cfg.encoder_layers,
+            unroll=cfg.encoder_layers if cfg.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         z, _ = layers(cfg, dtype, train, name="layers")(z, length)

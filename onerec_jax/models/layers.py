@@ -5,6 +5,7 @@ K head width, F hidden width. Parameters are float32 and carry logical axis name
 `onerec_jax.sharding` maps to mesh axes; activations have the `dtype` that a module is given.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -32,9 +33,62 @@ def dense(features, *, axes, dtype, name, use_bias=False, axis=-1):
     )
 
 
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + 1e-6) * scale` over the last axis, statistics in float32."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", partitioned(nn.initializers.ones, None), (x.shape[-1],))
+        return normalize(x, scale, self.dtype)
+
+
 def rms_norm(*, dtype, name):
-    """RMSNorm with its statistics in float32."""
-    return nn.RMSNorm(dtype=dtype, scale_init=partitioned(nn.initializers.ones, None), name=name)
+    """A named `RMSNorm`."""
+    return RMSNorm(dtype, name=name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalize(x, scale_d, dtype):
+    """The arithmetic of `RMSNorm`.
+
+    Its gradient keeps `x` as it came and nothing else; left to itself, JAX keeps several float32
+    copies of it, and moving those costs as much time as the products around the norm.
+    """
+    return (_normalized(x) * scale_d).astype(dtype)
+
+
+def _inverse_rms(x):
+    return jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+
+def _normalized(x):
+    x = x.astype(jnp.float32)
+    return x * _inverse_rms(x)
+
+
+def _normalize_forward(x, scale_d, dtype):
+    return normalize(x, scale_d, dtype), (x, scale_d)
+
+
+def _normalize_backward(dtype, kept, gradient):
+    x, scale_d = kept
+    wide = x.astype(jnp.float32)
+    inverse = _inverse_rms(wide)
+    unit, gradient = wide * inverse, gradient.astype(jnp.float32)
+    scale_gradient = (gradient * unit).sum(tuple(range(x.ndim - 1)))
+    inner = gradient * scale_d
+    dx = inverse * (inner - unit * (inner * unit).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), scale_gradient
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+# Activations keep their input for the backward pass, not the steps in between.
+gelu = jax.checkpoint(nn.gelu)
+leaky_relu = jax.checkpoint(functools.partial(nn.leaky_relu, negative_slope=0.01))
+swiglu = jax.checkpoint(lambda gate, up: nn.silu(gate) * up)
 
 
 def embedding(size, width, *, axes=("vocabulary", "embed")):
@@ -42,7 +96,48 @@ def embedding(size, width, *, axes=("vocabulary", "embed")):
     return partitioned(nn.initializers.normal(width**-0.5), *axes), (size, width)
 
 
-def attention(q_bshk, k_bthk, v_bthk, *, key_length_b=None, causal=False, implementation="xla"):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table_vd, index, dtype):
+    """Rows of an embedding table: float32 `[V, D]`, int `[...]` in range -> `[..., D]` in `dtype`.
+
+    The gradient is summed in float32 whatever the type of the rows: in bfloat16 the sum over the
+    thousands of times that a popular item occurs in a batch would stop growing after some 256.
+    """
+    return jnp.take(table_vd.astype(dtype), index, axis=0, mode="clip")
+
+
+def _lookup_forward(table_vd, index, dtype):
+    return lookup(table_vd, index, dtype), (index, table_vd.shape)
+
+
+def _lookup_backward(dtype, kept, rows):
+    index, shape = kept
+    gradient = jnp.zeros(shape, jnp.float32)
+    rows = rows.reshape(-1, shape[1]).astype(jnp.float32)
+    return gradient.at[index.reshape(-1)].add(rows, mode="promise_in_bounds"), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def resolve_attention(implementation: str, dtype) -> str:
+    """ "auto" as "cudnn" for 16-bit types on a GPU, and as "xla" elsewhere."""
+    if implementation != "auto":
+        return implementation
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+
+
+def attention(
+    q_bshk,
+    k_bthk,
+    v_bthk,
+    *,
+    key_length_b=None,
+    causal=False,
+    implementation="xla",
+    zero_empty=True,
+):
     """Scaled dot-product attention in which only the first `key_length_b` keys exist.
 
     Args:
@@ -50,20 +145,24 @@ def attention(q_bshk, k_bthk, v_bthk, *, key_length_b=None, causal=False, implem
       key_length_b: int32 `[B]`, or None when every key is valid.
       causal: position s sees keys 0..s.
       implementation: "xla"; "cudnn" (16-bit types on a GPU); "auto" picks between them.
+      zero_empty: False spares a pass over the result where nobody reads that of empty users.
 
     Returns:
-      `[B, S, H, K]`; zeros for users without a single key.
+      `[B, S, H, K]`; for users without a single key zeros, or anything finite if not `zero_empty`.
     """
-    if implementation == "auto":
-        half = q_bshk.dtype in (jnp.bfloat16, jnp.float16)
-        # cuDNN's backward pass refuses odd lengths.
-        even = q_bshk.shape[1] % 2 == 0 and k_bthk.shape[1] % 2 == 0
-        gpu = jax.default_backend() == "gpu"
-        implementation = "cudnn" if gpu and half and even else "xla"
-    query_length_b = None
-    if key_length_b is not None and implementation == "cudnn":
-        # cuDNN masks by lengths only if it is told both.
-        query_length_b = jnp.full_like(key_length_b, q_bshk.shape[1])
+    queries = q_bshk.shape[1]
+    if implementation == "auto" and k_bthk.shape[1] % 2:
+        implementation = "xla"  # cuDNN's backward pass refuses odd lengths
+    implementation = resolve_attention(implementation, q_bshk.dtype)
+    query_length_b = empty_b = None
+    if key_length_b is not None:
+        empty_b = key_length_b == 0 if zero_empty else None
+        key_length_b = jnp.maximum(key_length_b, 1)
+    if implementation == "cudnn":
+        q_bshk = jnp.pad(q_bshk, ((0, 0), (0, queries % 2), (0, 0), (0, 0)))
+        if key_length_b is not None:
+            # cuDNN masks by lengths only if it is told both.
+            query_length_b = jnp.full_like(key_length_b, q_bshk.shape[1])
     y_bshk = jax.nn.dot_product_attention(
         q_bshk,
         k_bthk,
@@ -73,9 +172,10 @@ def attention(q_bshk, k_bthk, v_bthk, *, key_length_b=None, causal=False, implem
         key_value_seq_lengths=key_length_b,
         implementation=implementation,
     )
-    if key_length_b is None:
+    y_bshk = y_bshk[:, :queries]
+    if empty_b is None:
         return y_bshk
-    return jnp.where((key_length_b > 0)[:, None, None, None], y_bshk, 0)
+    return jnp.where(empty_b[:, None, None, None], 0, y_bshk)
 
 
 class Projections(nn.Module):
@@ -110,4 +210,4 @@ class FeedForward(nn.Module):
     def __call__(self, x):
         d_model = x.shape[-1]
         h = dense(self.hidden, axes=("embed", "ff"), dtype=self.dtype, name="w_in")(x)
-        return dense(d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out")(nn.gelu(h))
+        return dense(d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out")(gelu(h))

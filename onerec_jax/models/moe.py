@@ -8,13 +8,13 @@ Axes: T tokens, D model width, E experts, K experts a token, C rows an expert ta
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from onerec_jax.models.layers import partitioned
+from onerec_jax.models.layers import partitioned, swiglu
 
 
 def route(x_td, router_de, bias_e, *, top_k, gate="sigmoid"):
@@ -46,49 +46,108 @@ def capacity(num_tokens, num_experts, top_k, capacity_factor):
     return min(num_tokens, math.ceil(capacity_factor * num_tokens * top_k / num_experts))
 
 
-def dispatch_slots(index_tk, valid_t, num_experts, rows):
-    """The row of the `[E * C]` expert buffer that each token copy goes to.
+class Plan(NamedTuple):
+    """Which token copy goes to which row of the experts' `[E * C]` buffer, and back.
 
-    Copies beyond an expert's capacity, and copies of padding, get the slot `E * C`, which is
-    outside the buffer. Earlier tokens go first. A rank by cumulative sum, not a sort: `argsort`
-    inside `shard_map` has wrong gradients (design notes, trap 1).
-
-    Returns:
-      Slot int32 `[T, K]` and whether the copy was kept, bool `[T, K]`.
+    N = T * K copies; copy n is of token n // K. E * C and N stand for none.
     """
-    index_n = index_tk.reshape(-1)
-    valid_n = jnp.repeat(valid_t, index_tk.shape[1])
-    chosen_ne = jax.nn.one_hot(index_n, num_experts, dtype=jnp.int32) * valid_n[:, None]
-    rank_n = jnp.take_along_axis(jnp.cumsum(chosen_ne, axis=0) - 1, index_n[:, None], axis=1)[:, 0]
-    keep_n = valid_n & (rank_n < rows)
-    slot_n = jnp.where(keep_n, index_n * rows + rank_n, num_experts * rows)
-    return slot_n.reshape(index_tk.shape), keep_n.reshape(index_tk.shape)
+
+    slot_tk: jax.Array  # int32 [T, K], row of each copy; E * C: dropped, or of padding
+    copy_s: jax.Array  # int32 [E * C], copy in each row; N: the row is empty
 
 
-def expert_ffn(x_td, slot_tk, gate_tk, w_in_edf, w_out_efd, rows):
+def plan_dispatch(index_tk, valid_t, num_experts, rows) -> Plan:
+    """Earlier tokens go first; copies beyond an expert's C rows and copies of padding are left out.
+
+    Args:
+      index_tk: int32 `[T, K]`, experts of each token.
+      valid_t: bool `[T]`, False for padding.
+      rows: C.
+    """
+    n, none = index_tk.size, num_experts * rows
+    expert_n = jnp.where(valid_t[:, None], index_tk, num_experts).reshape(-1).astype(jnp.int32)
+    sorted_n, order_n = jax.lax.sort_key_val(expert_n, jnp.arange(n, dtype=jnp.int32))
+    start_e = jnp.searchsorted(sorted_n, jnp.arange(num_experts + 1, dtype=jnp.int32))
+    start_e = start_e.astype(jnp.int32)
+    rank_n = jnp.arange(n, dtype=jnp.int32) - start_e[sorted_n]
+    fits_n = (sorted_n < num_experts) & (rank_n < rows)
+    slot_n = jnp.where(fits_n, sorted_n * rows + rank_n, none)
+    slot_n = jnp.zeros(n, jnp.int32).at[order_n].set(slot_n, unique_indices=True)
+    place_ec = start_e[:-1, None] + jnp.arange(rows, dtype=jnp.int32)
+    filled_ec = place_ec < start_e[1:, None]
+    copy_ec = jnp.where(filled_ec, order_n[jnp.minimum(place_ec, n - 1)], n)
+    return Plan(slot_n.reshape(index_tk.shape), copy_ec.reshape(-1))
+
+
+def _rows_or_zero(x_sd, index):
+    """Rows of `x`, zeros where the index is one past its end."""
+    return jnp.take(x_sd, index, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def gather_rows(x_td, plan: Plan):
+    """Tokens to the experts' buffer, `[T, D] -> [E * C, D]`; empty rows hold any token.
+
+    The gradient is a gather too, by `plan.slot_tk`: scatters of rows are slow on GPUs.
+    """
+    token_s = plan.copy_s // plan.slot_tk.shape[1]
+    return jnp.take(x_td, token_s, axis=0, mode="clip")
+
+
+def _gather_rows_forward(x_td, plan):
+    return gather_rows(x_td, plan), plan
+
+
+def _gather_rows_backward(plan, gradient_sd):
+    return _rows_or_zero(gradient_sd, plan.slot_tk).sum(1), None
+
+
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+@jax.custom_vjp
+def combine_rows(y_sd, gate_tk, plan: Plan):
+    """`sum_k gate_tk * y[slot_tk]`: the experts' outputs back to their tokens, `[T, D]`."""
+    y_tkd = _rows_or_zero(y_sd, plan.slot_tk)
+    return jnp.einsum("tkd,tk->td", y_tkd, gate_tk.astype(y_sd.dtype))
+
+
+def _combine_rows_forward(y_sd, gate_tk, plan):
+    return combine_rows(y_sd, gate_tk, plan), (y_sd, gate_tk, plan)
+
+
+def _combine_rows_backward(kept, gradient_td):
+    y_sd, gate_tk, plan = kept
+    gate_s = jnp.take(gate_tk.reshape(-1), plan.copy_s, mode="fill", fill_value=0)
+    token_s = plan.copy_s // gate_tk.shape[1]
+    rows_sd = jnp.take(gradient_td, token_s, axis=0, mode="clip")
+    y_tkd = _rows_or_zero(y_sd, plan.slot_tk)
+    gate_gradient = jnp.einsum("tkd,td->tk", y_tkd, gradient_td, preferred_element_type=jnp.float32)
+    return rows_sd * gate_s[:, None].astype(y_sd.dtype), gate_gradient.astype(gate_tk.dtype), None
+
+
+combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
+
+
+def expert_ffn(x_td, gate_tk, w_in_edf, w_out_efd, plan: Plan):
     """Gathers tokens by expert, runs every expert as one batched product, and sums the copies.
 
     Args:
       x_td: tokens.
-      slot_tk, gate_tk: from `dispatch_slots` and `route`.
+      gate_tk: from `route`.
       w_in_edf: `[E, D, 2F]`, gate and up projection side by side.
       w_out_efd: `[E, F, D]`.
-      rows: capacity C.
+      plan: from `plan_dispatch`.
 
     Returns:
       `[T, D]` in the type of `x_td`; a dropped copy adds nothing.
     """
-    (t, d), k, e = x_td.shape, slot_tk.shape[1], w_in_edf.shape[0]
-    buffer = jnp.zeros((e * rows, d), x_td.dtype)
-    x_ecd = buffer.at[slot_tk.reshape(-1)].set(jnp.repeat(x_td, k, axis=0), mode="drop")
-    x_ecd = x_ecd.reshape(e, rows, d)
+    e, d = w_in_edf.shape[:2]
+    x_ecd = gather_rows(x_td, plan).reshape(e, -1, d)
     h_ecf = jnp.einsum("ecd,edf->ecf", x_ecd, w_in_edf.astype(x_td.dtype))
     gate_ecf, up_ecf = jnp.split(h_ecf, 2, axis=-1)
-    y_ecd = jnp.einsum("ecf,efd->ecd", nn.silu(gate_ecf) * up_ecf, w_out_efd.astype(x_td.dtype))
-    y_nd = jnp.take(
-        y_ecd.reshape(e * rows, d), slot_tk.reshape(-1), axis=0, mode="fill", fill_value=0
-    )
-    return jnp.einsum("tkd,tk->td", y_nd.reshape(t, k, d), gate_tk.astype(x_td.dtype))
+    y_ecd = jnp.einsum("ecf,efd->ecd", swiglu(gate_ecf, up_ecf), w_out_efd.astype(x_td.dtype))
+    return combine_rows(y_ecd.reshape(-1, d), gate_tk, plan)
 
 
 class MoE(nn.Module):
@@ -125,8 +184,8 @@ class MoE(nn.Module):
         rows = capacity(
             x_td.shape[0], e, self.experts_per_token, 0 if dropless else self.capacity_factor
         )
-        slot_tk, keep_tk = dispatch_slots(index_tk, valid_t, e, rows)
-        y_td = expert_ffn(x_td, slot_tk, gate_tk, w_in, w_out, rows)
+        plan = plan_dispatch(index_tk, valid_t, e, rows)
+        y_td = expert_ffn(x_td, gate_tk, w_in, w_out, plan)
 
         if self.is_mutable_collection("router_stats") and not self.is_initializing():
             chosen_te = jax.nn.one_hot(index_tk, e).sum(1) * valid_t[:, None]
@@ -134,7 +193,8 @@ class MoE(nn.Module):
             dropped = self.variable("router_stats", "dropped", jnp.zeros, ())
             load.value = chosen_te.sum(0)
             copies = load.value.sum()
-            dropped.value = (copies - keep_tk.sum()) / jnp.maximum(copies, 1)
+            kept = (plan.slot_tk < e * rows).sum()
+            dropped.value = (copies - kept) / jnp.maximum(copies, 1)
         return y_td.reshape(x.shape)
 
 

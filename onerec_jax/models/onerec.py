@@ -12,7 +12,7 @@ from onerec_jax.config import ModelConfig
 from onerec_jax.inputs import Batch, FeatureSpec
 from onerec_jax.models.decoder import BeamCache, CrossCache, Decoder
 from onerec_jax.models.encoder import Encoder
-from onerec_jax.models.layers import embedding, partitioned, rms_norm
+from onerec_jax.models.layers import embedding, lookup, partitioned, rms_norm
 
 
 def resolve_dtype(name: str):
@@ -57,7 +57,7 @@ class OneRec(nn.Module):
     def embed_code(self, code, level: int):
         """Embeddings of codes of one level: int32 `[...] -> [..., D]`."""
         row = code + level * self.spec.codebook_size
-        return jnp.take(self.sid_embedding.astype(self.dtype), row, axis=0)
+        return lookup(self.sid_embedding, row, self.dtype)
 
     def level_logits(self, h, level: int):
         """Hidden states of position `level`, `[..., D]`, to float32 logits `[..., V]`."""

@@ -1,20 +1,31 @@
 """Parameters and useful FLOPs of a model, by part, before anything is allocated.
 
-A multiply-add counts as two FLOPs. Training is three times the forward pass. Capacity padding,
-recomputation, embedding lookups, norms and softmaxes are not counted. The numbers assume full
-histories; short ones cost the same on padded shapes.
+A multiply-add counts as two FLOPs. Training is three times the forward pass. Padding, capacity
+padding, recomputation, embedding lookups, norms and softmaxes are not counted.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.inputs import Batch, FeatureSpec, Pathway
 from onerec_jax.tokenizer.semantic_ids import MAX_CODEBOOK
 
 
-def forward_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1) -> dict[str, int]:
-    """FLOPs of one user's forward pass, by part; `targets` share the encoder's part of it."""
+def full_lengths(cfg: ModelConfig) -> dict[str, int]:
+    """Lengths of a user's histories when every slot holds an action."""
+    return {name: cfg.slots(name) for name in ("short", "positive", "lifelong")}
+
+
+def forward_flops(
+    cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths: dict | None = None
+) -> dict[str, int | np.ndarray]:
+    """FLOPs of one user's forward pass, by part; `targets` share the encoder's part of it.
+
+    Args:
+      lengths: of the three histories, numbers or int `[U]` for U users; None: full ones.
+    """
     d, f = cfg.d_model, cfg.ff_dim
     has = {
         "tag": spec.tags,
@@ -26,30 +37,34 @@ def forward_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1) -> dict
     width = d + cfg.feature_dim * sum(bool(has.get(name)) for name in cfg.features)
     if "author" in cfg.features and spec.num_authors:
         width += cfg.author_dim
-    lifelong = cfg.slots("lifelong")
-    history = cfg.slots("short") + cfg.slots("positive") + lifelong
-    queries = cfg.lifelong_queries * bool(lifelong)
+    lengths = full_lengths(cfg) if lengths is None else lengths
+    lengths = {name: np.asarray(length, np.int64) for name, length in lengths.items()}
+    lifelong, recent = lengths["lifelong"], lengths["short"] + lengths["positive"]
+    queries = cfg.lifelong_queries * (lifelong > 0)
     static = bool(spec.static) and "static" in cfg.pathways
-    tokens, levels = cfg.slots("short") + cfg.slots("positive") + queries + static, spec.levels
+    tokens, levels = recent + queries + static, spec.levels
 
-    pathways = history * (width * d + d * d)
+    pathways = (recent + lifelong) * (width * d + d * d)
     if spec.clustered and "count" in cfg.features:
-        pathways += lifelong * cfg.feature_dim * d
+        pathways = pathways + lifelong * cfg.feature_dim * d
     if static:
-        pathways += len(spec.static) * cfg.static_dim * d + d * d
+        pathways = pathways + len(spec.static) * cfg.static_dim * d + d * d
     qformer = cfg.lifelong_blocks * (
         2 * lifelong * d * d + queries * (2 * d * d + 2 * d * f) + 2 * queries * lifelong * d
     )
-    encoder = cfg.encoder_layers * tokens * (4 * d * d + 2 * d * f + 2 * tokens * d)
-    if cfg.num_experts:
-        feed_forward = d * cfg.num_experts + cfg.experts_per_token * 3 * d * cfg.expert_dim
-    else:
-        feed_forward = 2 * d * f
-    decoder = cfg.decoder_layers * (
-        2 * tokens * d * d  # keys and values of the encoder output
-        + targets
-        * levels
-        * (4 * d * d + 2 * d * d + feed_forward + 2 * tokens * d + 2 * levels * d)
+    experts = d * cfg.num_experts + cfg.experts_per_token * 3 * d * cfg.expert_dim
+    dense = 2 * d * f
+    with_experts = cfg.expert_layers("encoder")
+    encoder = tokens * (
+        cfg.encoder_layers * (4 * d * d + 2 * tokens * d)
+        + with_experts * experts
+        + (cfg.encoder_layers - with_experts) * dense
+    )
+    with_experts = cfg.expert_layers("decoder")
+    decoder = cfg.decoder_layers * 2 * tokens * d * d + targets * levels * (  # keys and values
+        cfg.decoder_layers * (4 * d * d + 2 * d * d + 2 * tokens * d + 2 * levels * d)
+        + with_experts * experts
+        + (cfg.decoder_layers - with_experts) * dense
     )
     heads = targets * levels * d * spec.codebook_size
     parts = {
@@ -59,12 +74,14 @@ def forward_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1) -> dict
         "decoder": decoder,
         "heads": heads,
     }
-    return {name: 2 * macs for name, macs in parts.items()}
+    if np.ndim(tokens):
+        return {name: 2 * np.broadcast_to(macs, tokens.shape) for name, macs in parts.items()}
+    return {name: 2 * int(macs) for name, macs in parts.items()}
 
 
-def train_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1) -> int:
-    """FLOPs of one user's training step."""
-    return 3 * sum(forward_flops(cfg, spec, targets).values())
+def train_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths=None):
+    """FLOPs of one user's training step; arguments as `forward_flops`."""
+    return 3 * sum(forward_flops(cfg, spec, targets, lengths).values())
 
 
 def count_parameters(params) -> dict[str, int]:

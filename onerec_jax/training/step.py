@@ -39,21 +39,12 @@ def init_state(key, batch: Batch, *, model: OneRec, tx) -> TrainState:
     )
 
 
-def train_step(state: TrainState, batch: Batch, *, model: OneRec, tx, seed: int):
-    """One AdamW step on the NTP loss, then one balancing step of the router bias.
-
-    The dropout key is a function of (seed, step): nothing to checkpoint, resume is exact.
-
-    Returns:
-      The next state and metrics: `loss` (sum over levels, nats an item), `loss_level` `[levels]`,
-      `grad_norm`, and for experts `load` (share of tokens, `[layers, E]`), `max_violation` and
-      `dropped` (worst layer).
-    """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+def gradients(params, router, batch: Batch, key, *, model: OneRec):
+    """Gradients of the NTP loss, the loss of each level, and the routers' statistics."""
 
     def loss_fn(params):
         logits, updated = model.apply(
-            {"params": params, "router": state.router},
+            {"params": params, "router": router},
             batch,
             mutable=["router_stats"],
             rngs={"dropout": key},
@@ -61,26 +52,84 @@ def train_step(state: TrainState, batch: Batch, *, model: OneRec, tx, seed: int)
         level = mean_over_targets(ntp_loss(logits, batch.target), batch.target_count)
         return level.sum(), (level, updated.get("router_stats", {}))
 
-    (loss, (level, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    grads, (level, stats) = jax.grad(loss_fn, has_aux=True)(params)
+    return grads, level, stats
+
+
+def accumulated(params, router, batch: Batch, key, *, model: OneRec, parts: int):
+    """`gradients` of a batch in parts, one after the other: less memory, the same step.
+
+    Users are dealt to the parts in turn, so that every device keeps its own. The parts' losses
+    count by their targets, and loads are summed before the router sees them.
+    """
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def part(carry, numbered):
+        number, batch = numbered
+        key_here = jax.random.fold_in(key, number)
+        found = gradients(params, router, batch, key_here, model=model)
+        weight = batch.target_count.sum() / total
+        grads, level, stats = found
+        weighted = jax.tree.map(lambda x: x * weight, (grads, level))
+        return jax.tree.map(jnp.add, carry, (*weighted, stats)), None
+
+    total = batch.target_count.sum()
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(functools.partial(gradients, model=model), params, router, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    found, _ = jax.lax.scan(part, zeros, (jnp.arange(parts), split))
+    grads, level, stats = found
+    stats = jax.tree_util.tree_map_with_path(
+        lambda path, x: x / parts if path[-1].key == "dropped" else x, stats
+    )
+    return grads, level, stats
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, model: OneRec, tx, seed: int, accumulate: int = 1
+):
+    """One AdamW step on the NTP loss, then one balancing step of the router bias.
+
+    The dropout key is a function of (seed, step): nothing to checkpoint, resume is exact.
+
+    Args:
+      accumulate: parts that the batch is cut into.
+
+    Returns:
+      The next state and metrics: `loss` (sum over levels, nats an item), `loss_level` `[levels]`,
+      `grad_norm`, and for experts `load` (share of tokens, `[layers, E]`), `max_violation` and
+      `dropped` (worst layer).
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    compute = functools.partial(gradients, model=model)
+    if accumulate > 1:
+        compute = functools.partial(accumulated, model=model, parts=accumulate)
+    grads, level, stats = compute(state.params, state.router, batch, key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics = {"loss": loss, "loss_level": level, "grad_norm": optax.tree.norm(grads)}
+    metrics = {"loss": level.sum(), "loss_level": level, "grad_norm": optax.tree.norm(grads)}
     router = state.router
     if stats:
         router = update_router_bias(router, stats, model.cfg.router_bias_rate)
-        layers = stats["decoder"]["layers"]["experts"]
+        layers = [x for x in jax.tree.leaves(stats, is_leaf=_is_layer) if _is_layer(x)]
+        load = jnp.concatenate([x["load"].reshape(-1, x["load"].shape[-1]) for x in layers])
         metrics |= {
-            "load": layers["load"] / layers["load"].sum(-1, keepdims=True),
-            "max_violation": max_violation(layers["load"]).max(),
-            "dropped": layers["dropped"].max(),
+            "load": load / load.sum(-1, keepdims=True),
+            "max_violation": max_violation(load).max(),
+            "dropped": jnp.stack([x["dropped"].max() for x in layers]).max(),
         }
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, router, opt_state), metrics
 
 
+def _is_layer(node) -> bool:
+    """Whether a node of `router_stats` holds the statistics of one MoE layer (or a stack)."""
+    return isinstance(node, dict) and "load" in node
+
+
 class Trainer:
     """The compiled step and the shardings of its state on one mesh."""
 
-    def __init__(self, model: OneRec, tx, mesh, example: Batch, *, seed: int):
+    def __init__(self, model: OneRec, tx, mesh, example: Batch, *, seed: int, accumulate: int = 1):
         """`example` is any batch of the right shapes; `model.train` must be True."""
         self.mesh = mesh
         self._init = functools.partial(init_state, batch=example, model=model, tx=tx)
@@ -92,7 +141,7 @@ class Trainer:
             self.shardings,
         )
         self.step = jax.jit(
-            functools.partial(train_step, model=model, tx=tx, seed=seed),
+            functools.partial(train_step, model=model, tx=tx, seed=seed, accumulate=accumulate),
             in_shardings=(self.shardings, NamedSharding(mesh, BATCH)),
             out_shardings=(self.shardings, replicated(mesh)),
             donate_argnums=0,

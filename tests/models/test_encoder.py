@@ -166,7 +166,7 @@ def test_pack_valid_first_against_a_loop():
 
 def test_embed_sid_by_hand():
     table = np.arange(12, dtype=np.float32).reshape(6, 2)  # 2 levels of 3 codes
-    out = embed_sid(jnp.asarray(table), jnp.array([[[2, 0], [1, 2]]]), 3)
+    out = embed_sid(jnp.asarray(table), jnp.array([[[2, 0], [1, 2]]]), 3, jnp.float32)
     chex.assert_trees_all_equal(out, jnp.array([[table[2] + table[3], table[1] + table[5]]]))
 
 
@@ -330,5 +330,5 @@ def test_features_switched_off():
     pathway = batch_of().short
     variables = model.init(jax.random.key(0), pathway, SID_TABLE)
     f = model.apply(variables, pathway, SID_TABLE)
-    chex.assert_trees_all_close(f, embed_sid(jnp.asarray(SID_TABLE), pathway.sid, 5))
+    chex.assert_trees_all_close(f, embed_sid(jnp.asarray(SID_TABLE), pathway.sid, 5, jnp.float32))
     assert not variables

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from onerec_jax.models.moe import (
     MoE,
     capacity,
-    dispatch_slots,
     max_violation,
+    plan_dispatch,
     route,
     update_router_bias,
 )
@@ -207,20 +207,23 @@ def test_padding_takes_no_capacity_and_no_load():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_slots_against_a_loop(rows):
+def test_plan_against_a_loop(rows):
     rng = np.random.default_rng(rows)
     index = np.stack([rng.permutation(4)[:2] for _ in range(20)]).astype(np.int32)
     valid = rng.random(20) < 0.7
-    dispatch = helpers.quick_jit(dispatch_slots, static_argnums=(2, 3))
-    slot, keep = jax.device_get(dispatch(index, valid, 4, rows))
-    taken = [0] * 4
+    planned = helpers.quick_jit(plan_dispatch, static_argnums=(2, 3))
+    slot, copy = jax.device_get(planned(index, valid, 4, rows))
+    taken, expected = [0] * 4, np.full(4 * rows, 40)
     for t in range(20):
         for k in range(2):
             expert = index[t, k]
             fits = bool(valid[t]) and taken[expert] < rows
-            assert keep[t, k] == fits
-            assert slot[t, k] == (expert * rows + taken[expert] if fits else 4 * rows)
+            row = expert * rows + taken[expert]
+            assert slot[t, k] == (row if fits else 4 * rows)
+            if fits:
+                expected[row] = 2 * t + k
             taken[expert] += fits
+    np.testing.assert_array_equal(copy, expected)
 
 
 def test_capacity_by_hand():

@@ -1,0 +1,176 @@
+"""Training speed of a preset on the devices at hand: `python -m benchmarks.train`.
+
+Compiled steps on random users that lie on the device already, so that it is the step that is
+timed and not the input pipeline (`benchmarks/pipeline.py`). MFU is the FLOPs of valid tokens,
+without padding, recomputation or rows that experts drop, over the bf16 peak of the chip.
+
+    python -m benchmarks.train --preset v1-0.935b --users 256
+    python -m benchmarks.train --preset v1-0.935b --users 256 --lengths realistic --profile trace
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import sys
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+
+from benchmarks.random_data import large_spec, lengths_of, random_users
+from onerec_jax import cli
+from onerec_jax.config import PRESETS, ModelConfig
+from onerec_jax.errors import require_at_least
+from onerec_jax.files import write_text
+from onerec_jax.models.onerec import OneRec
+from onerec_jax.sharding import make_mesh, put_batch
+from onerec_jax.training.flops import train_flops
+from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
+from onerec_jax.training.profile import ONE_BY_ONE, by_part, kernels, peak_flops
+from onerec_jax.training.step import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time training steps."""
+
+    preset: str = "v1-0.935b"
+    model: ModelConfig = PRESETS["v1-0.935b"]
+    users: int = 256
+    """A step, over all devices."""
+    accumulate: int = 1
+    """Parts that a step's users are cut into, one after the other."""
+    targets_per_user: int = 1
+    lengths: Literal["full", "realistic"] = "full"
+    """Of the histories; see benchmarks/random_data.py."""
+    items: int = 200_000
+    authors: int = 50_000
+    codebook_size: int = 8192
+    steps: int = 10
+    """Timed, after 3 for warming up."""
+    expert: int = 1
+    """Devices along the expert axis."""
+    devices: int = 0
+    """Devices to use; 0: all."""
+    profile: pathlib.Path | None = None
+    """Folder for a trace of three further steps; its longest kernels are printed."""
+    out: pathlib.Path = pathlib.Path("runs/benchmarks/train.json")
+    """JSON to write; further results are appended to its list."""
+
+    def __post_init__(self):
+        require_at_least(
+            self, "", users=1, accumulate=1, targets_per_user=1, items=1, authors=1,
+            codebook_size=1, steps=1, expert=1, devices=0,
+        )  # fmt: skip
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Compile, measure, print, write."""
+    if config.profile is not None:  # before JAX starts its backend
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_BY_ONE}"
+    cfg = config.model
+    spec = large_spec(
+        items=config.items, authors=config.authors, tags=500, codebook_size=config.codebook_size
+    )
+    mesh = make_mesh(config.devices // config.expert, config.expert)
+    devices = mesh.devices.size
+    batches = [
+        random_users(
+            cfg, spec, config.users, targets=config.targets_per_user, lengths=config.lengths, seed=s
+        )
+        for s in range(2)
+    ]
+    trainer = Trainer(
+        OneRec(cfg, spec, train=True),
+        make_optimizer(OptimizerConfig(), 10_000),
+        mesh,
+        jax.tree.map(lambda x: x[:1], batches[0]),
+        seed=0,
+        accumulate=config.accumulate,
+    )
+    placed = [put_batch(batch, mesh) for batch in batches]
+    start = time.perf_counter()
+    state = trainer.init(0)
+    step = trainer.step.lower(state, placed[0]).compile()
+    compile_s = time.perf_counter() - start
+    memory = step.memory_analysis()
+
+    def run(count):
+        nonlocal state
+        for i in range(count):
+            state, metrics = step(state, placed[i % len(placed)])
+        return jax.device_get(metrics)
+
+    run(3)
+    start = time.perf_counter()
+    metrics = run(config.steps)
+    seconds = (time.perf_counter() - start) / config.steps
+    lengths = [
+        lengths_of(config.lengths, cfg, config.users, np.random.default_rng(s)) for s in range(2)
+    ]
+    useful = float(
+        np.mean([train_flops(cfg, spec, config.targets_per_user, k).sum() for k in lengths])
+    )
+    device = jax.devices()[0]
+    peak = peak_flops(device)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    allocated = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.train", *sys.argv[1:]]),
+        "device": f"{devices} x {device.device_kind}",
+        "jax": jax.__version__,
+        "settings": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "parameters": parameters,
+        "compile_s": compile_s,
+        "step_s": seconds,
+        "users_s": config.users / seconds,
+        "targets_s": config.users * config.targets_per_user / seconds,
+        "useful_tflops": useful / seconds / devices / 1e12,
+        "mfu": useful / seconds / devices / peak if peak else None,
+        "peak_gib": allocated / 2**30,
+        "temporary_gib": memory.temp_size_in_bytes / 2**30 if memory else None,
+        "loss": float(metrics["loss"]),
+        "dropped": float(metrics.get("dropped", 0)),
+        "max_violation": float(metrics.get("max_violation", 0)),
+    }
+    if config.profile is not None:
+        with jax.profiler.trace(str(config.profile)):
+            run(3)
+        found = kernels(config.profile, step.as_text(), steps=3)
+        result["parts_ms"] = by_part(found)
+        result["kernels"] = [kernel._asdict() for kernel in found[:150]]
+        for part, milliseconds in result["parts_ms"].items():
+            print(f"{milliseconds:9.3f} ms  {part}")
+    print(
+        f"{config.preset} on {result['device']}, {parameters / 1e9:.3f} B parameters, "
+        f"{config.users} users a step: {1e3 * seconds:.1f} ms, {result['users_s']:,.0f} users/s, "
+        f"{result['useful_tflops']:.1f} TFLOP/s a device"
+        + (f", MFU {result['mfu']:.1%}" if peak else "")
+        + f", peak {result['peak_gib']:.1f} GiB, dropped {result['dropped']:.1%}, "
+        f"compiled in {compile_s:.0f} s",
+        flush=True,
+    )
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    earlier = []
+    with contextlib.suppress(OSError, ValueError):
+        earlier = json.loads(config.out.read_text())
+    write_text(config.out, json.dumps([*earlier, result], indent=1) + "\n")
+
+
+def run_command(argv: list[str] | None = None) -> None:
+    """The command line; `argv` replaces the process's own flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    preset = cli.flag_value(argv, "--preset") or "v1-0.935b"
+    if preset not in PRESETS:
+        raise SystemExit(f"error: --preset {preset}: choose one of {', '.join(PRESETS)}")
+    default = BenchmarkConfig(preset=preset, model=PRESETS[preset])
+    prog = "python -m benchmarks.train"
+    cli.run(main, BenchmarkConfig, prog=prog, default=default, argv=argv)
+
+
+if __name__ == "__main__":
+    run_command()
