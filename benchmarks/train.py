@@ -27,7 +27,7 @@ from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import require_at_least
 from onerec_jax.files import write_text
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.sharding import make_mesh, put_batch
+from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh, put_batch
 from onerec_jax.training.flops import train_flops
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.profile import ONE_BY_ONE, by_part, kernels, peak_flops
@@ -52,10 +52,7 @@ class BenchmarkConfig:
     codebook_size: int = 8192
     steps: int = 10
     """Timed, after 3 for warming up."""
-    expert: int = 1
-    """Devices along the expert axis."""
-    devices: int = 0
-    """Devices to use; 0: all."""
+    mesh: MeshConfig = MeshConfig()
     profile: pathlib.Path | None = None
     """Folder for a trace of three further steps; its longest kernels are printed."""
     out: pathlib.Path = pathlib.Path("runs/benchmarks/train.json")
@@ -64,7 +61,7 @@ class BenchmarkConfig:
     def __post_init__(self):
         require_at_least(
             self, "", users=1, accumulate=1, targets_per_user=1, items=1, authors=1,
-            codebook_size=1, steps=1, expert=1, devices=0,
+            codebook_size=1, steps=1, 
         )  # fmt: skip
 
 
@@ -76,7 +73,8 @@ def main(config: BenchmarkConfig) -> None:
     spec = large_spec(
         items=config.items, authors=config.authors, tags=500, codebook_size=config.codebook_size
     )
-    mesh = make_mesh(config.devices // config.expert, config.expert)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_mesh(mesh, cfg, batch_size=config.users, accumulate=config.accumulate)
     devices = mesh.devices.size
     batches = [
         random_users(

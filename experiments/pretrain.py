@@ -45,7 +45,7 @@ from onerec_jax.files import read_json
 from onerec_jax.inputs import FeatureConfig, PositiveRule
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import check_mesh, make_mesh
+from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh
 from onerec_jax.tokenizer import report
 from onerec_jax.tokenizer.build import Files, TokenizerConfig, files_key, tokenize
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -57,16 +57,6 @@ from onerec_jax.training.step import Trainer
 # ------------------------------------------------------------------------------------- settings
 
 RUNS = pathlib.Path("runs")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh."""
-
-    data: int = 0
-    """Users are split over data x expert; 0 takes all devices that `expert` leaves."""
-    expert: int = 1
-    """Experts are split over these devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,11 +296,12 @@ def train(config: PretrainConfig, run, mesh):
         mesh,
         one,
         seed=config.seed,
+        accumulate=config.train.accumulate,
     )
     parameters = sum(x.size for x in jax.tree.leaves(trainer.abstract_state.params))
     print(
         f"training {config.preset}, {parameters:,} parameters, on {len(examples):,} examples, "
-        f"mesh data {mesh.shape['data']} x expert {mesh.shape['expert']}, in {run.folder}"
+        f"mesh {' x '.join(f'{k} {v}' for k, v in mesh.shape.items())}, in {run.folder}"
     )
     return fit(
         trainer,
@@ -386,8 +377,13 @@ def main(config: PretrainConfig) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
-    check_mesh(mesh, batch_size=config.train.batch_size, num_experts=config.model.num_experts)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_mesh(
+        mesh,
+        config.model,
+        batch_size=config.train.batch_size,
+        accumulate=config.train.accumulate,
+    )
     seconds, start = {}, time.perf_counter()
     data_folder = find_data(config)
     dataset = load_dataset(data_folder)

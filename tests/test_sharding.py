@@ -20,30 +20,38 @@ from onerec_jax.sharding import RULES, check_mesh, make_mesh, put_batch, shardin
 )
 def test_make_mesh(flags, shape):
     mesh = make_mesh(*flags)
-    assert mesh.axis_names == ("data", "expert")
-    assert mesh.devices.shape == shape
-    assert mesh.axis_types == (AxisType.Auto,) * 2
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
+    assert mesh.devices.shape == (shape[0], 1, shape[1], 1)
+    assert mesh.axis_types == (AxisType.Auto,) * 4
     assert len({device.id for device in mesh.devices.flat}) == mesh.devices.size
 
 
 @pytest.mark.parametrize("flags", [(9, 1), (8, 2), (0, 16), (-1, 1), (1, 0), (1, -2)])
 def test_a_mesh_that_cannot_be(flags):
-    with pytest.raises(InputError, match=r"--mesh.data .*--mesh.expert") as caught:
+    with pytest.raises(InputError, match=r"--mesh\.(data|expert) ") as caught:
         make_mesh(*flags)
     assert "\n" not in str(caught.value)
 
 
 def test_check_mesh():
-    mesh = make_mesh(4, 2)
-    check_mesh(mesh, batch_size=16, num_experts=4)
-    check_mesh(mesh, batch_size=8, num_experts=0)  # a dense model
+    mesh, cfg = make_mesh(4, 2), helpers.tiny_config()
+    check_mesh(mesh, cfg, batch_size=16)
+    check_mesh(mesh, helpers.tiny_config(num_experts=0), batch_size=8)  # a dense model
     with pytest.raises(InputError, match=r"--train.batch-size 20 .*use 16"):
-        check_mesh(mesh, batch_size=20, num_experts=4)
+        check_mesh(mesh, cfg, batch_size=20)
     for size in (3, 0):
         with pytest.raises(InputError, match=rf"--train.batch-size {size} .*use 8"):
-            check_mesh(mesh, batch_size=size, num_experts=4)
-    with pytest.raises(InputError, match=r"--mesh.expert 2 .*--model.num-experts 5"):
-        check_mesh(mesh, batch_size=8, num_experts=5)
+            check_mesh(mesh, cfg, batch_size=size)
+    with pytest.raises(InputError, match=r"--train.batch-size 24 .*in 2 parts: use 16"):
+        check_mesh(mesh, cfg, batch_size=24, accumulate=2)
+    for other, changes, words in (
+        (mesh, {"num_experts": 5}, "--mesh.expert 2 .*--model.num-experts 5"),
+        (make_mesh(tensor=4), {}, "--mesh.tensor 4 .*--model.num-heads 2"),
+        (make_mesh(tensor=2), {"expert_dim": 7}, "--mesh.tensor 2 .*--model.expert-dim 7"),
+        (make_mesh(fsdp=8), {"d_model": 12}, "--mesh.fsdp 8 .*--model.d-model 12"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_mesh(other, helpers.tiny_config(**changes), batch_size=16)
 
 
 def test_where_parameters_lie():

@@ -132,7 +132,7 @@ def arm_config(config: StudyConfig, arm: str, seed: int) -> pretrain.PretrainCon
 
 def run_arm(config: pretrain.PretrainConfig, list_length: int) -> None:
     """Trains and judges one run; writes `scores.npz` into its folder."""
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     dataset = load_dataset(config.data)
     ids_folder = pretrain.find_semantic_ids(config, dataset, mesh)
     ids = SemanticIds.load(ids_folder)

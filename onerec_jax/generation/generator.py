@@ -16,7 +16,7 @@ from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.trie import Trie, build_trie
 from onerec_jax.losses.ntp import ntp_loss
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.sharding import put_batch
+from onerec_jax.sharding import on_mesh, put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 
@@ -85,10 +85,14 @@ class Generator:
         self.batch_size = -(-batch_size // devices) * devices
         self.trie: Trie = build_trie(ids.leaf_sids)
         self.offsets, self.items = ids.items_by_leaf(tie_order)
-        self.search = jax.jit(functools.partial(beam_search, model, width=beam_width))
-        self._loss = jax.jit(
-            lambda variables, batch: ntp_loss(model.apply(variables, batch), batch.target)[:, 0]
+        self.search = jax.jit(
+            on_mesh(functools.partial(beam_search, model, width=beam_width), mesh)
         )
+
+        def loss(variables, batch):
+            return ntp_loss(model.apply(variables, batch), batch.target)[:, 0]
+
+        self._loss = jax.jit(on_mesh(loss, mesh))
 
     def _batches(self, builder: BatchBuilder, examples: Examples):
         for batch, real in padded_batches(builder, examples, self.batch_size):

@@ -26,6 +26,7 @@ from onerec_jax.models.layers import (
     rms_norm,
 )
 from onerec_jax.models.qformer import QFormer
+from onerec_jax.sharding import BATCH, per_device
 
 
 def embed_sid(table_vd, sid, codebook_size, dtype):
@@ -179,7 +180,15 @@ class EncoderBlock(nn.Module):
 @jax.custom_vjp
 def permute(z_btd, order_bt):
     """`z[b, order[b, t]]` of a permutation; the gradient is a gather too, and no scatter."""
-    return jnp.take_along_axis(z_btd, order_bt[..., None], axis=1)
+    return per_device(_permute_here, (BATCH, BATCH), BATCH)(z_btd, order_bt)
+
+
+def _permute_here(z_btd, order_bt):
+    # Whole rows of a flat array: from a batched gather XLA infers a layout with the users last,
+    # and then transposes activations all the way through the encoder.
+    b, t, d = z_btd.shape
+    row_bt = jnp.arange(b)[:, None] * t + order_bt
+    return jnp.take(z_btd.reshape(b * t, d), row_bt, axis=0, mode="clip")
 
 
 def _permute_forward(z_btd, order_bt):

@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from onerec_jax.models.layers import partitioned, swiglu
+from onerec_jax.sharding import BATCH, USER_AXES, per_device, sharded
 
 
 def route(x_td, router_de, bias_e, *, top_k, gate="sigmoid"):
@@ -40,10 +42,14 @@ def route(x_td, router_de, bias_e, *, top_k, gate="sigmoid"):
 
 
 def capacity(num_tokens, num_experts, top_k, capacity_factor):
-    """Rows C that one expert takes; a factor of 0 means as many as there are tokens (dropless)."""
+    """Rows C that one expert takes; a factor of 0 means as many as there are tokens (dropless).
+
+    Large capacities are rounded up to multiples of 8, at which matrix products are fast.
+    """
     if not capacity_factor:
         return num_tokens
-    return min(num_tokens, math.ceil(capacity_factor * num_tokens * top_k / num_experts))
+    rows = math.ceil(capacity_factor * num_tokens * top_k / num_experts)
+    return min(num_tokens, rows if rows < 64 else -(-rows // 8) * 8)
 
 
 class Plan(NamedTuple):
@@ -56,16 +62,16 @@ class Plan(NamedTuple):
     copy_s: jax.Array  # int32 [E * C], copy in each row; N: the row is empty
 
 
-def plan_dispatch(index_tk, valid_t, num_experts, rows) -> Plan:
-    """Earlier tokens go first; copies beyond an expert's C rows and copies of padding are left out.
+def plan_dispatch(index_tk, valid_tk, num_experts, rows) -> Plan:
+    """Earlier tokens go first; copies beyond an expert's C rows and invalid ones are left out.
 
     Args:
       index_tk: int32 `[T, K]`, experts of each token.
-      valid_t: bool `[T]`, False for padding.
+      valid_tk: bool `[T, K]`, False for padding and for experts that are not here.
       rows: C.
     """
     n, none = index_tk.size, num_experts * rows
-    expert_n = jnp.where(valid_t[:, None], index_tk, num_experts).reshape(-1).astype(jnp.int32)
+    expert_n = jnp.where(valid_tk, index_tk, num_experts).reshape(-1).astype(jnp.int32)
     sorted_n, order_n = jax.lax.sort_key_val(expert_n, jnp.arange(n, dtype=jnp.int32))
     start_e = jnp.searchsorted(sorted_n, jnp.arange(num_experts + 1, dtype=jnp.int32))
     start_e = start_e.astype(jnp.int32)
@@ -129,25 +135,68 @@ def _combine_rows_backward(kept, gradient_td):
 combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
 
 
-def expert_ffn(x_td, gate_tk, w_in_edf, w_out_efd, plan: Plan):
+def expert_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, plan: Plan):
     """Gathers tokens by expert, runs every expert as one batched product, and sums the copies.
 
     Args:
       x_td: tokens.
       gate_tk: from `route`.
-      w_in_edf: `[E, D, 2F]`, gate and up projection side by side.
+      w_in_edgf: `[E, D, 2, F]`, gate and up projection.
       w_out_efd: `[E, F, D]`.
       plan: from `plan_dispatch`.
 
     Returns:
       `[T, D]` in the type of `x_td`; a dropped copy adds nothing.
     """
-    e, d = w_in_edf.shape[:2]
+    e, d, _, f = w_in_edgf.shape
     x_ecd = gather_rows(x_td, plan).reshape(e, -1, d)
-    h_ecf = jnp.einsum("ecd,edf->ecf", x_ecd, w_in_edf.astype(x_td.dtype))
+    # One product for both, and slices of its rows: two products read the tokens twice.
+    h_ecf = jnp.einsum("ecd,edf->ecf", x_ecd, w_in_edgf.reshape(e, d, 2 * f).astype(x_td.dtype))
     gate_ecf, up_ecf = jnp.split(h_ecf, 2, axis=-1)
     y_ecd = jnp.einsum("ecf,efd->ecd", swiglu(gate_ecf, up_ecf), w_out_efd.astype(x_td.dtype))
     return combine_rows(y_ecd.reshape(-1, d), gate_tk, plan)
+
+
+def routed_experts(
+    x_td, valid_t, router_de, bias_e, w_in_edgf, w_out_efd, *, top_k, capacity_factor, gate
+):
+    """Routes tokens, runs the experts and sums their outputs, on the mesh of the context if any.
+
+    There each device routes the tokens of its users. Devices along `expert` share their tokens,
+    each runs its own experts on all of them, and the sums go back to the devices that asked; along
+    `tensor` each device has a part of every expert's hidden width.
+
+    Returns:
+      `[T, D]` in the type of `x_td`; load float32 `[E]` and copies dropped, float32 `[]`, both over
+      all tokens.
+    """
+    num_experts, mesh = router_de.shape[1], sharded()
+
+    def here(x_td, valid_t, router_de, bias_e, w_in_edgf, w_out_efd):
+        if mesh:
+            x_td = jax.lax.all_gather(x_td, "expert", tiled=True)
+            valid_t = jax.lax.all_gather(valid_t, "expert", tiled=True)
+        index_tk, gate_tk = route(x_td, router_de, bias_e, top_k=top_k, gate=gate)
+        load_e = (jax.nn.one_hot(index_tk, num_experts).sum(1) * valid_t[:, None]).sum(0)
+        local = len(w_in_edgf)
+        rows = capacity(len(x_td), num_experts, top_k, capacity_factor)
+        if mesh:
+            index_tk = index_tk - jax.lax.axis_index("expert") * local
+        mine_tk = valid_t[:, None] & (index_tk >= 0) & (index_tk < local)
+        plan = plan_dispatch(index_tk, mine_tk, local, rows)
+        y_td = expert_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, plan)
+        dropped = (mine_tk.sum() - (plan.slot_tk < local * rows).sum()).astype(jnp.float32)
+        if mesh:
+            y_td = jax.lax.psum(y_td, "tensor")
+            y_td = jax.lax.psum_scatter(y_td, "expert", tiled=True)
+            load_e = jax.lax.psum(load_e, ("data", "fsdp"))
+            dropped = jax.lax.psum(dropped, USER_AXES)
+        return y_td, load_e, dropped
+
+    in_specs = (BATCH, BATCH, P(), P(), P("expert", None, None, "tensor"), P("expert", "tensor"))
+    return per_device(here, in_specs, (BATCH, P(), P()))(
+        x_td, valid_t, router_de, bias_e, w_in_edgf, w_out_efd
+    )
 
 
 class MoE(nn.Module):
@@ -170,31 +219,31 @@ class MoE(nn.Module):
     def __call__(self, x, valid=None, *, dropless=False):
         """`x [..., D]`, `valid` bool `[...]` (None: all) -> `[..., D]`."""
         e, f, d = self.num_experts, self.hidden, x.shape[-1]
-        init = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+        init = nn.initializers.lecun_normal(in_axis=1, out_axis=-1, batch_axis=(0,))
         router = self.param(
             "router", partitioned(nn.initializers.lecun_normal(), "embed", None), (d, e)
         )
-        w_in = self.param("w_in", partitioned(init, "experts", "embed", "ff"), (e, d, 2 * f))
+        w_in = self.param("w_in", partitioned(init, "experts", "embed", None, "ff"), (e, d, 2, f))
         w_out = self.param("w_out", partitioned(init, "experts", "ff", "embed"), (e, f, d))
         bias = self.variable("router", "bias", jnp.zeros, (e,)).value
 
         x_td = x.reshape(-1, d).astype(self.dtype)
         valid_t = jnp.ones(x_td.shape[0], bool) if valid is None else valid.reshape(-1)
-        index_tk, gate_tk = route(x_td, router, bias, top_k=self.experts_per_token, gate=self.gate)
-        rows = capacity(
-            x_td.shape[0], e, self.experts_per_token, 0 if dropless else self.capacity_factor
+        y_td, load_e, dropped = routed_experts(
+            x_td,
+            valid_t,
+            router,
+            bias,
+            w_in,
+            w_out,
+            top_k=self.experts_per_token,
+            capacity_factor=0 if dropless else self.capacity_factor,
+            gate=self.gate,
         )
-        plan = plan_dispatch(index_tk, valid_t, e, rows)
-        y_td = expert_ffn(x_td, gate_tk, w_in, w_out, plan)
-
         if self.is_mutable_collection("router_stats") and not self.is_initializing():
-            chosen_te = jax.nn.one_hot(index_tk, e).sum(1) * valid_t[:, None]
-            load = self.variable("router_stats", "load", jnp.zeros, (e,))
-            dropped = self.variable("router_stats", "dropped", jnp.zeros, ())
-            load.value = chosen_te.sum(0)
-            copies = load.value.sum()
-            kept = (plan.slot_tk < e * rows).sum()
-            dropped.value = (copies - kept) / jnp.maximum(copies, 1)
+            self.variable("router_stats", "load", jnp.zeros, (e,)).value = load_e
+            share = self.variable("router_stats", "dropped", jnp.zeros, ())
+            share.value = dropped / jnp.maximum(load_e.sum(), 1)
         return y_td.reshape(x.shape)
 
 

@@ -50,7 +50,7 @@ class OneRec(nn.Module):
             nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0),
             None,
             "embed",
-            "vocabulary",
+            "codes",
         )
         self.heads = self.param("heads", init, (spec.levels, cfg.d_model, spec.codebook_size))
 

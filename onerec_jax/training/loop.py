@@ -23,7 +23,9 @@ class LoopConfig:
     """How long to train and how often to look."""
 
     batch_size: int = 256
-    """Examples a step, over all devices and processes."""
+    """Users a step, over all devices and processes."""
+    accumulate: int = 1
+    """Parts that a step's users are cut into, one after the other: less memory."""
     steps: int = 10_000
     log_every: int = 50
     validate_every: int = 500
@@ -32,7 +34,9 @@ class LoopConfig:
     """Validations without a better score before training stops; 0 = never."""
 
     def __post_init__(self):
-        ones = dict.fromkeys(("batch_size", "steps", "log_every", "validate_every"), 1)
+        ones = dict.fromkeys(
+            ("batch_size", "accumulate", "steps", "log_every", "validate_every"), 1
+        )
         require_at_least(self, "train.", **ones, patience=0)
 
 

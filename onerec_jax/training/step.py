@@ -13,7 +13,7 @@ from onerec_jax.inputs import Batch
 from onerec_jax.losses.ntp import mean_over_targets, ntp_loss
 from onerec_jax.models.moe import max_violation, update_router_bias
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.sharding import BATCH, replicated, shardings_of
+from onerec_jax.sharding import BATCH, on_mesh, replicated, shardings_of, split_over_data
 
 
 @struct.dataclass
@@ -62,23 +62,24 @@ def accumulated(params, router, batch: Batch, key, *, model: OneRec, parts: int)
     Users are dealt to the parts in turn, so that every device keeps its own. The parts' losses
     count by their targets, and loads are summed before the router sees them.
     """
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def part(carry, numbered):
-        number, batch = numbered
-        key_here = jax.random.fold_in(key, number)
-        found = gradients(params, router, batch, key_here, model=model)
+    def deal(x):
+        return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def compute(number, batch):
+        here = jax.random.fold_in(key, number)
+        grads, level, stats = gradients(params, router, batch, here, model=model)
         weight = batch.target_count.sum() / total
-        grads, level, stats = found
-        weighted = jax.tree.map(lambda x: x * weight, (grads, level))
-        return jax.tree.map(jnp.add, carry, (*weighted, stats)), None
+        return *jax.tree.map(lambda x: x * weight, (grads, level)), stats
+
+    def add(carry, part):
+        return jax.tree.map(jnp.add, carry, compute(*part)), None
 
     total = batch.target_count.sum()
-    first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(functools.partial(gradients, model=model), params, router, first, key)
+    dealt = jnp.arange(parts), jax.tree.map(deal, batch)
+    shapes = jax.eval_shape(compute, *jax.tree.map(lambda x: x[0], dealt))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    found, _ = jax.lax.scan(part, zeros, (jnp.arange(parts), split))
-    grads, level, stats = found
+    (grads, level, stats), _ = jax.lax.scan(add, zeros, dealt)
     stats = jax.tree_util.tree_map_with_path(
         lambda path, x: x / parts if path[-1].key == "dropped" else x, stats
     )
@@ -135,13 +136,17 @@ class Trainer:
         self._init = functools.partial(init_state, batch=example, model=model, tx=tx)
         boxed = jax.eval_shape(self._init, jax.random.key(0))
         self.shardings = shardings_of(boxed, mesh)
+        self.shardings = self.shardings.replace(
+            opt_state=split_over_data(self.shardings.opt_state, nn.unbox(boxed).opt_state, mesh)
+        )
         self.abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             nn.unbox(boxed),
             self.shardings,
         )
+        step = functools.partial(train_step, model=model, tx=tx, seed=seed, accumulate=accumulate)
         self.step = jax.jit(
-            functools.partial(train_step, model=model, tx=tx, seed=seed, accumulate=accumulate),
+            on_mesh(step, mesh),
             in_shardings=(self.shardings, NamedSharding(mesh, BATCH)),
             out_shardings=(self.shardings, replicated(mesh)),
             donate_argnums=0,

@@ -20,7 +20,7 @@ from onerec_jax.models.moe import (
     route,
     update_router_bias,
 )
-from onerec_jax.sharding import BATCH, make_mesh, replicated, shardings_of
+from onerec_jax.sharding import BATCH, make_mesh, on_mesh, replicated, shardings_of
 
 B, S, D, F, E, K = 8, 3, 6, 5, 8, 2
 T = B * S
@@ -74,7 +74,7 @@ def every_expert_on_every_token(params, x, chosen, gate):
         gates = gates / jnp.maximum(gates.sum(-1, keepdims=True), 1e-9)
     y = jnp.zeros((T, D))
     for e in range(E):
-        a, b = x @ params["w_in"][e, :, :F], x @ params["w_in"][e, :, F:]
+        a, b = x @ params["w_in"][e, :, 0], x @ params["w_in"][e, :, 1]
         y += gates[:, e : e + 1] * ((a * jax.nn.sigmoid(a) * b) @ params["w_out"][e])
     return y.reshape(B, S, D)
 
@@ -98,7 +98,7 @@ class MeshTest(chex.TestCase):
         chex.assert_equal(shardings["params"]["w_in"].spec[0], "expert")
         chex.assert_equal(shardings["params"]["w_out"].spec[0], "expert")
         run = helpers.quick_jit(
-            functools.partial(layer_loss, gate=gate),
+            on_mesh(functools.partial(layer_loss, gate=gate), mesh),
             in_shardings=(shardings, split, split, split),
             out_shardings=replicated(mesh),
         )
@@ -212,7 +212,7 @@ def test_plan_against_a_loop(rows):
     index = np.stack([rng.permutation(4)[:2] for _ in range(20)]).astype(np.int32)
     valid = rng.random(20) < 0.7
     planned = helpers.quick_jit(plan_dispatch, static_argnums=(2, 3))
-    slot, copy = jax.device_get(planned(index, valid, 4, rows))
+    slot, copy = jax.device_get(planned(index, valid[:, None] & np.ones((1, 2), bool), 4, rows))
     taken, expected = [0] * 4, np.full(4 * rows, 40)
     for t in range(20):
         for k in range(2):

@@ -18,7 +18,7 @@ from onerec_jax.generation.trie import build_trie
 from onerec_jax.inputs import Batch, Pathway
 from onerec_jax.losses.ntp import ntp_loss
 from onerec_jax.models.onerec import OneRec, resolve_dtype
-from onerec_jax.sharding import BATCH, make_mesh, replicated, shardings_of
+from onerec_jax.sharding import BATCH, make_mesh, on_mesh, replicated, shardings_of
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 CFG, SPEC = helpers.tiny_config(), helpers.full_spec()
@@ -123,11 +123,11 @@ class MeshTest(chex.TestCase):
     # The first mesh recomputes in the backward pass: that too may change nothing.
     @parameterized.parameters((4, 2, True), (1, 8, False))
     def test_value_and_gradients_are_those_of_one_device(self, data, expert, remat):
-        mesh = make_mesh(data, expert)
+        mesh, cfg = make_mesh(data, expert), helpers.tiny_config(remat=remat, unroll=not remat)
         boxed = jax.eval_shape(lambda: OneRec(CFG, SPEC).init(jax.random.key(0), BATCH_OF_8))
         shardings = shardings_of(boxed, mesh)
         run = helpers.quick_jit(
-            functools.partial(loss_and_gradients, cfg=helpers.tiny_config(remat=remat)),
+            on_mesh(functools.partial(loss_and_gradients, cfg=cfg), mesh),
             in_shardings=(shardings, NamedSharding(mesh, BATCH)),
             out_shardings=replicated(mesh),
         )

@@ -1,5 +1,7 @@
 """One training step: loss, randomness, router bias, types; the same numbers on every mesh."""
 
+import re
+
 import chex
 import flax.linen as nn
 import jax
@@ -18,7 +20,10 @@ from onerec_jax.training.step import Trainer
 SPEC = bare_spec()
 USERS = 16
 SMALL = {"lifelong_length": 0}
-MESHES = [(1, 1), (8, 1), (4, 2), (1, 8)]
+ONE = (1, 1, 1, 1)
+MESHES = [ONE, (8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (4, 1, 1, 2), (1, 2, 2, 2)]
+"""Devices along data, expert, fsdp and tensor."""
+STEPS = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,11 +34,17 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def make_trainer(mesh=(1, 1), *, seed=0, **changes):
+def mesh_of(shape):
+    data, expert, fsdp, tensor = shape
+    return make_mesh(data, expert, fsdp=fsdp, tensor=tensor)
+
+
+def make_trainer(mesh=ONE, *, seed=0, accumulate=1, **changes):
     cfg = tiny_config(**SMALL, **changes)
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 100)
     example = random_batch(cfg, SPEC, 1)
-    return Trainer(OneRec(cfg, SPEC, train=True), tx, make_mesh(*mesh), example, seed=seed)
+    model = OneRec(cfg, SPEC, train=True)
+    return Trainer(model, tx, mesh_of(mesh), example, seed=seed, accumulate=accumulate)
 
 
 def batch_of(seed, users=USERS):
@@ -61,7 +72,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def histories(start):
-    """Metrics of three steps on each mesh, the states after one and three, and the traces."""
+    """Metrics of the steps on each mesh, the states after each of the first three, the traces."""
     found = {}
     true_step = step_module.train_step
     for mesh in MESHES:
@@ -75,10 +86,11 @@ def histories(start):
             patch.setattr(step_module, "train_step", counted)
             trainer = make_trainer(mesh)
         state, rows, states = jax.device_put(start, trainer.shardings), [], []
-        for seed in range(3):
+        for seed in range(STEPS):
             state, metrics = trainer.step(state, put_batch(batch_of(seed), trainer.mesh))
             rows.append(jax.device_get(metrics))
-            states.append(copy(state))
+            if seed < 3:
+                states.append(copy(state))
         found[mesh] = rows, states, len(traces)
     return found
 
@@ -86,7 +98,7 @@ def histories(start):
 @pytest.fixture(scope="module")
 def first(histories):
     """Metrics of the first step on one device, and the state after it."""
-    rows, states, _ = histories[1, 1]
+    rows, states, _ = histories[ONE]
     return rows[0], states[0]
 
 
@@ -115,9 +127,9 @@ def test_gradient_norm_is_reported_before_the_clip(first):
 
 
 def test_router_bias_is_moved_by_load_alone(start, histories):
-    rows, states, _ = histories[1, 1]
+    rows, states, _ = histories[ONE]
     (bias,) = jax.tree.leaves(start.router)
-    for metrics, after in zip(rows, states, strict=True):
+    for metrics, after in zip(rows[:3], states, strict=True):
         load = metrics["load"]  # [layers, E], shares
         assert load.shape == (2, 8)
         np.testing.assert_allclose(load.sum(-1), 1.0, rtol=1e-6)
@@ -138,7 +150,7 @@ def test_router_bias_is_in_no_optimizer_leaf(start):
 
 def test_without_warm_up_left_the_parameters_move(start, histories):
     """Step 0 has the warm-up's rate of zero; the router moves all the same."""
-    states = histories[1, 1][1]
+    states = histories[ONE][1]
     chex.assert_trees_all_equal(jax.device_get(states[0].params), start.params)
     moved, still = names(jax.device_get(states[1].params)), names(start.params)
     assert [name for name in still if np.array_equal(moved[name], still[name])] == []
@@ -146,14 +158,14 @@ def test_without_warm_up_left_the_parameters_move(start, histories):
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_same_losses_on_every_mesh(histories, mesh):
-    (one, _, _), (many, states, _) = histories[1, 1], histories[mesh]
+    (one, _, _), (many, states, _) = histories[ONE], histories[mesh]
     for a, b in zip(one, many, strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
         np.testing.assert_allclose(b["loss_level"], a["loss_level"], rtol=1e-5)
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
         np.testing.assert_allclose(b["load"], a["load"], rtol=1e-6)
-    assert len({float(row["loss"]) for row in one}) == 3
-    expected = jax.device_get(histories[1, 1][1][-1].router)
+    assert len({float(row["loss"]) for row in one}) == STEPS
+    expected = jax.device_get(histories[ONE][1][-1].router)
     chex.assert_trees_all_equal(jax.device_get(states[-1].router), expected)
 
 
@@ -163,18 +175,60 @@ def test_compiled_once(histories, mesh):
     assert histories[mesh][2] == 1
 
 
-def test_experts_lie_on_the_expert_axis(histories):
-    """Each device of the axis holds its share of weights and moments; the rest is replicated."""
-    state = histories[4, 2][1][-1]
-    for tree in (state.params, optax.tree.get(state.opt_state, "mu")):
-        for name, leaf in names(tree).items():
-            expert = name.endswith(("experts/w_in", "experts/w_out"))
-            share = leaf.addressable_shards[0].data.size / leaf.size
-            assert share == (0.5 if expert else 1.0), name
+def shares(tree):
+    """Share of each leaf that one device holds."""
+    return {name: x.addressable_shards[0].data.size / x.size for name, x in names(tree).items()}
+
+
+def test_what_each_axis_splits(histories):
+    """Experts, rows and widths; and under `data` the moments of what is whole (ZeRO-1)."""
+
+    def held(mesh):
+        state = histories[mesh][1][-1]
+        return shares(state.params), shares(optax.tree.get(state.opt_state, "mu"))
+
+    params, moments = held((8, 1, 1, 1))
+    assert set(params.values()) == {1.0}
+    assert moments["encoder/layers/ff/w_in/kernel"] == moments["heads"] == 1 / 8
+    params, moments = held((1, 8, 1, 1))
+    experts = {name for name in params if name.endswith(("experts/w_in", "experts/w_out"))}
+    assert len(experts) == 2
+    for name, share in params.items():
+        assert share == moments[name] == (1 / 8 if name in experts else 1.0), name
+    params, moments = held((1, 1, 8, 1))
+    assert params == moments
+    assert params["encoder/layers/ff/w_in/kernel"] == params["heads"] == 1 / 8
+    assert params["sid_embedding"] == 1.0  # 15 rows do not divide
+    params, _ = held((4, 1, 1, 2))
+    assert params["encoder/layers/attention/q/kernel"] == 0.5
+    assert params["decoder/layers/experts/w_in"] == 0.5
+    assert params["sid_embedding"] == 1.0
+
+
+def test_data_parallel_experts_stay_on_their_device(histories):
+    """Tokens of users must not travel to be routed: nothing as long as all tokens is gathered."""
+    trainer = make_trainer((8, 1, 1, 1))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(0))
+    text = trainer.step.lower(trainer.abstract_state, batch).compile().as_text()
+    tokens = USERS * 3 * SPEC.levels
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
+    assert [shape for shape in gathered if shape.split(",")[0] == str(tokens)] == []
+
+
+def test_parts_add_up_to_the_whole(start):
+    """Gradients, loads and losses of a step in two parts are those of the step."""
+    batch, found = batch_of(0), []
+    batch = batch.replace(target_count=np.resize([3, 1, 2], USERS).astype(np.int32))
+    for parts in (1, 2):
+        trainer = make_trainer(accumulate=parts)
+        state = jax.device_put(start, trainer.shardings)
+        state, metrics = trainer.step(state, put_batch(batch, trainer.mesh))
+        found.append(jax.device_get((optax.tree.get(state.opt_state, "mu"), state.router, metrics)))
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_init_is_sharded_and_the_same_on_every_mesh(start):
-    trainer = make_trainer((1, 8))
+    trainer = make_trainer((2, 4, 1, 1))
     state = trainer.init(0)
     chex.assert_trees_all_close(jax.device_get(state), start, rtol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, trainer.abstract_state)
