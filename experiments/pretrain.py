@@ -8,6 +8,7 @@ the same command is given again; a finished one is shown.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -49,8 +50,15 @@ from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh
 from onerec_jax.tokenizer import report
 from onerec_jax.tokenizer.build import Files, TokenizerConfig, files_key, tokenize
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
-from onerec_jax.training.flops import count_parameters, forward_flops, nominal_inputs
+from onerec_jax.training.flops import (
+    VOCABULARIES,
+    count_parameters,
+    forward_flops,
+    nominal_inputs,
+    train_flops,
+)
 from onerec_jax.training.loop import Interrupted, LoopConfig, fit
+from onerec_jax.training.memory import step_memory
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
@@ -102,8 +110,10 @@ class PretrainConfig:
     mesh: MeshConfig = MeshConfig()
     deterministic: bool = False
     """On a GPU: the same bits every time, by slower kernels."""
+    profile: pathlib.Path | None = None
+    """Folder for a profiler trace of three steps, to be opened with xprof or Perfetto."""
     describe: bool = False
-    """Print parameters and FLOPs by part, and stop."""
+    """Print parameters and FLOPs by part and memory a device, and stop."""
 
     def __post_init__(self):
         require_at_least(self, "", seed=0, validate_users=0, validate_beam_width=1)
@@ -123,7 +133,7 @@ DEMO = {
 def settings(config: PretrainConfig) -> dict:
     """All that the result depends on, as JSON; the mesh may change between sessions."""
     values = dataclasses.asdict(config)
-    apart = ("run", "mesh", "describe", "evaluation", "data")
+    apart = ("run", "mesh", "describe", "profile", "evaluation", "data")
     # How IDs and lives were made matters through their fingerprints, which are part of the run.
     made = ("semantic_ids", "vectors", "tokens", "pairs", "tokenizer", "lifelong", "compression")
     for name in apart + made:
@@ -311,7 +321,17 @@ def train(config: PretrainConfig, run, mesh):
         config.train,
         seed=config.seed,
         validate=make_validation(config, run, mesh),
+        work=functools.partial(work, run),
+        profile=config.profile,
     )
+
+
+def work(run: Run, batch) -> tuple[float, float]:
+    """Targets and FLOPs of a training step on a batch, padding left out."""
+    lengths = {name: getattr(batch, name).length for name in ("short", "positive", "lifelong")}
+    mean = float(batch.target_count.mean())
+    flops = train_flops(run.model_config, run.spec, mean, lengths)
+    return mean * len(batch.target_count), float(flops.sum())
 
 
 def finished_report(run: Run, config: PretrainConfig) -> dict | None:
@@ -340,16 +360,18 @@ def show_recommendations(config: PretrainConfig, run: Run, users: int = 3, n: in
 
 
 def describe_model(config: PretrainConfig) -> None:
-    """Prints parameters and FLOPs by part; allocates nothing."""
+    """Prints parameters and FLOPs by part, and memory a device; allocates nothing."""
     spec, batch = nominal_inputs(config.model, config.tokenizer)
     model = OneRec(config.model, spec)
     params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    parameters, flops = count_parameters(params), forward_flops(config.model, spec)
+    targets = config.pipeline.targets_per_user
+    parameters, flops = count_parameters(params), forward_flops(config.model, spec, targets)
+    named = sum(size for part, size in parameters.items() if part not in VOCABULARIES)
     table = rich.table.Table(
-        title=f"{config.preset}: {sum(parameters.values()):,} parameters, "
-        f"{3 * sum(flops.values()) / 1e9:,.3f} GFLOP a training example"
+        title=f"{config.preset}: {named:,} parameters and {sum(parameters.values()) - named:,} of "
+        f"vocabularies, {3 * sum(flops.values()) / 1e9:,.3f} GFLOP a user in training"
     )
-    for name in ("part", "parameters", "forward MFLOP an example"):
+    for name in ("part", "parameters", "forward MFLOP a user"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part in sorted(parameters | flops):
         count, work = parameters.get(part), flops.get(part)
@@ -358,10 +380,28 @@ def describe_model(config: PretrainConfig) -> None:
             "" if count is None else f"{count:,}",
             "" if work is None else f"{work / 1e6:,.2f}",
         )
-    rich.console.Console().print(table)
+    memory = step_memory(
+        config.model,
+        spec,
+        batch,
+        make_optimizer(config.optimizer, config.train.steps),
+        config.mesh,
+        users=config.train.batch_size,
+        targets=targets,
+        accumulate=config.train.accumulate,
+    )
+    sizes = rich.table.Table("GiB a device", "", title="memory of a training step")
+    for name in ("parameters", "optimizer", "gradients", "activations", "total"):
+        sizes.add_row(name, f"{getattr(memory, name) / 2**30:,.2f}")
+    console = rich.console.Console(soft_wrap=True)
+    console.print(table)
+    console.print(sizes)
+    mesh = dataclasses.asdict(config.mesh) | {"data": config.mesh.data or 1}
     print(
-        f"{spec.levels} x {spec.codebook_size} codes, all seven interaction features; "
-        "embedding tables of a data set (items, authors, tags, users) apart"
+        f"{spec.levels} x {spec.codebook_size} codes, full histories with all seven interaction "
+        "features; embedding tables of a data set (items, authors, tags, users) apart. Memory for "
+        f"{config.train.batch_size} users a step over mesh "
+        f"{' x '.join(f'{k} {v}' for k, v in mesh.items())}; activations are an estimate."
     )
 
 
@@ -377,6 +417,8 @@ def main(config: PretrainConfig) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
+    if config.profile is not None and config.profile.exists():
+        raise InputError(f"--profile {config.profile} exists: give a new folder")
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_mesh(
         mesh,

@@ -65,6 +65,9 @@ class ModelConfig:
     lifelong_length: int = 2000
     lifelong_queries: int = 128
     lifelong_blocks: int = 2
+    pathway_dim: int = 256
+    """Hidden width of the pathways' two-layer maps. The report does not print it; with that of the
+    feed-forward layers, parameters add up to the names of its models."""
     author_dim: int = 512
     feature_dim: int = 128
     """Width of the tag, time, playtime, duration and label embeddings."""
@@ -90,7 +93,7 @@ class ModelConfig:
             raise InputError("--model.pathways names no history: add short, positive or lifelong")
         sizes = ("d_model", "encoder_layers", "decoder_layers", "num_heads", "ff_dim", "expert_dim")
         widths = ("author_dim", "feature_dim", "static_dim", "lifelong_queries", "lifelong_blocks")
-        widths += ("expert_every",)
+        widths += ("expert_every", "pathway_dim")
         lengths = ("short_length", "positive_length", "lifelong_length")
         zeros = ("num_experts", "capacity_factor", "router_bias_rate", "dropout")
         require_at_least(self, "model.", **dict.fromkeys(sizes + widths, 1))
@@ -135,7 +138,13 @@ class ModelConfig:
 
 
 V1_LARGE = ModelConfig(
-    d_model=1024, encoder_layers=4, decoder_layers=4, num_heads=8, ff_dim=2048, unroll=True
+    d_model=1024,
+    encoder_layers=4,
+    decoder_layers=4,
+    num_heads=8,
+    ff_dim=2048,
+    pathway_dim=2048,
+    unroll=True,
 )
 
 PRESETS: dict[str, ModelConfig] = {
@@ -154,6 +163,7 @@ PRESETS: dict[str, ModelConfig] = {
         lifelong_length=32,
         lifelong_queries=4,
         lifelong_blocks=1,
+        pathway_dim=64,
         author_dim=32,
         feature_dim=16,
         static_dim=16,
@@ -163,5 +173,18 @@ PRESETS: dict[str, ModelConfig] = {
     # Experts of 2816, not the table's 2048: only so do the parameters add up to 0.935B.
     "v1-0.935b": dataclasses.replace(
         V1_LARGE, num_experts=24, experts_per_token=2, expert_dim=2816, capacity_factor=1.25
+    ),
+    # The report puts experts in "designated blocks" of both stacks: every other one comes nearest
+    # to its parameters, with experts of 2688.
+    "v1-2.633b": dataclasses.replace(
+        V1_LARGE,
+        encoder_layers=12,
+        decoder_layers=12,
+        num_experts=24,
+        experts_per_token=4,
+        expert_dim=2688,
+        expert_every=2,
+        encoder_experts=True,
+        capacity_factor=1.25,
     ),
 }

@@ -1,6 +1,8 @@
 """Factories of tiny configurations, batches and data sets, shared by the tests."""
 
 import functools
+import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -33,6 +35,7 @@ def tiny_config(**changes) -> ModelConfig:
         "lifelong_length": 6,
         "lifelong_queries": 2,
         "lifelong_blocks": 1,
+        "pathway_dim": 16,
         "author_dim": 8,
         "feature_dim": 4,
         "static_dim": 4,
@@ -190,6 +193,12 @@ def full_dataset(seed=0, users=7, items=12, split="leave-one-out") -> Dataset:
     )
     meta = {"origin": "a test", "licence": "none"}
     return build_dataset("toy", catalogue, people, frame, meta=meta, split=split)
+
+
+def logged(path) -> list[dict]:
+    """Rows of a metrics.jsonl without the speed, in which no two runs agree."""
+    rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "speed"} for row in rows]
 
 
 def random_variables(model, *args, seed=0, **options):

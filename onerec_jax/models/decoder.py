@@ -16,15 +16,15 @@ from flax import struct
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.models.layers import Dtype, FeedForward, Projections, attention, rms_norm
-from onerec_jax.models.moe import MoE
+from onerec_jax.models.moe import make_experts
 
 
 @struct.dataclass
 class CrossCache:
     """Keys and values of the encoded user, once for all beams."""
 
-    k: jax.Array  # [L, B, T, H, K]
-    v: jax.Array  # [L, B, T, H, K]
+    k: jax.Array  # [groups, blocks, B, T, H, K]
+    v: jax.Array  # likewise
     length: jax.Array  # int32 [B]
 
 
@@ -32,14 +32,14 @@ class CrossCache:
 class BeamCache:
     """Keys and values of the codes decoded so far, one copy a beam."""
 
-    k: jax.Array  # [L, B, W, S, H, K]
-    v: jax.Array  # [L, B, W, S, H, K]
+    k: jax.Array  # [groups, blocks, B, W, S, H, K]
+    v: jax.Array  # likewise
 
     def take(self, parent_bw):
         """The caches of the beams that survive: `parent_bw` int32 `[B, W']`."""
 
         def gather(x):
-            return jnp.take_along_axis(x, parent_bw[None, :, :, None, None, None], axis=2)
+            return jnp.take_along_axis(x, parent_bw[None, None, :, :, None, None, None], axis=3)
 
         return jax.tree.map(gather, self)
 
@@ -50,6 +50,7 @@ class DecoderBlock(nn.Module):
     cfg: ModelConfig
     dtype: Dtype
     train: bool
+    with_experts: bool
 
     def setup(self):
         cfg = self.cfg
@@ -59,21 +60,14 @@ class DecoderBlock(nn.Module):
         self.norm_cross = rms_norm(dtype=self.dtype, name="norm_cross")
         self.norm_ff = rms_norm(dtype=self.dtype, name="norm_ff")
         self.drop = nn.Dropout(cfg.dropout, deterministic=not self.train)
-        if cfg.num_experts:
-            self.experts = MoE(
-                cfg.num_experts,
-                cfg.experts_per_token,
-                cfg.expert_dim,
-                cfg.capacity_factor,
-                self.dtype,
-                cfg.gate,
-            )
+        if self.with_experts:
+            self.experts = make_experts(cfg, self.dtype, name="experts")
         else:
             self.ff = FeedForward(cfg.ff_dim, self.dtype)
 
     def feed_forward(self, x):
         x = self.norm_ff(x)
-        if not self.cfg.num_experts:
+        if not self.with_experts:
             return self.ff(x)
         # Outside training a user's result must not depend on who else is in the batch.
         return self.experts(x, dropless=not self.train)
@@ -83,12 +77,11 @@ class DecoderBlock(nn.Module):
         y = attention(q, k_bthk, v_bthk, key_length_b=length_b, implementation=self.cfg.attention)
         return self.drop(self.cross_attention.o(y))
 
-    def cross_kv(self, z_btd, _, length_b):
+    def cross_kv(self, z_btd):
         """Keys and values of the encoder output for this layer, `[B, T, H, K]` each."""
-        maps = self.cross_attention
-        return z_btd, (maps.k(z_btd), maps.v(z_btd))
+        return self.cross_attention.k(z_btd), self.cross_attention.v(z_btd)
 
-    def __call__(self, x_bmsd, _, context):
+    def __call__(self, x_bmsd, context):
         """Teacher forcing: `x [B, M, S, D]`, context = (encoder output `[B, T, D]`, length `[B]`).
 
         Targets see themselves and the user, not each other.
@@ -100,10 +93,9 @@ class DecoderBlock(nn.Module):
         # At three positions a kernel gains nothing over XLA, and cuDNN refuses odd lengths.
         y = attention(maps.q(x), maps.k(x), maps.v(x), causal=True)
         x_bsd = x_bmsd.reshape(b, m * s, d) + self.drop(maps.o(y)).reshape(b, m * s, d)
-        _, (k, v) = self.cross_kv(z_btd, None, length_b)
-        x_bsd = x_bsd + self.cross(x_bsd, k, v, length_b)
+        x_bsd = x_bsd + self.cross(x_bsd, *self.cross_kv(z_btd), length_b)
         x_bsd = x_bsd + self.drop(self.feed_forward(x_bsd))
-        return x_bsd.reshape(b, m, s, d), None
+        return x_bsd.reshape(b, m, s, d)
 
     def step(self, x_bwd, caches, context):
         """Position t of every beam: `x [B, W, D]`, context = (t, encoder length `[B]`)."""
@@ -125,8 +117,44 @@ class DecoderBlock(nn.Module):
         return x_bwd + self.feed_forward(x_bwd), (k_bwshk, v_bwshk)
 
 
+class DecoderGroup(nn.Module):
+    """What the scan repeats: `expert_every` blocks, of which the last may have experts."""
+
+    cfg: ModelConfig
+    dtype: Dtype
+    train: bool
+
+    def setup(self):
+        cfg = self.cfg
+        last = cfg.expert_every - 1
+        self.blocks = [
+            DecoderBlock(
+                cfg, self.dtype, self.train, cfg.num_experts > 0 and i == last, name=f"block_{i}"
+            )
+            for i in range(cfg.expert_every)
+        ]
+
+    def __call__(self, x_bmsd, _, context):
+        for block in self.blocks:
+            x_bmsd = block(x_bmsd, context)
+        return x_bmsd, None
+
+    def cross_kv(self, z_btd, _, context):
+        """Keys and values of the encoder output, `[blocks, B, T, H, K]` each."""
+        pairs = [block.cross_kv(z_btd) for block in self.blocks]
+        return z_btd, tuple(jnp.stack(x) for x in zip(*pairs, strict=True))
+
+    def step(self, x_bwd, caches, context):
+        """As `DecoderBlock.step`; every cache has a leading axis of blocks."""
+        new = []
+        for i, block in enumerate(self.blocks):
+            x_bwd, cache = block.step(x_bwd, jax.tree.map(lambda x, i=i: x[i], caches), context)
+            new.append(cache)
+        return x_bwd, jax.tree.map(lambda *x: jnp.stack(x), *new)
+
+
 class Decoder(nn.Module):
-    """A scanned stack of `DecoderBlock`s."""
+    """A scanned stack of `DecoderGroup`s."""
 
     cfg: ModelConfig
     dtype: Dtype
@@ -134,16 +162,17 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        block: Any = DecoderBlock
+        group: Any = DecoderGroup
         if cfg.remat:
-            block = nn.remat(block, prevent_cse=False, methods=["__call__"])
+            group = nn.remat(group, prevent_cse=False, methods=["__call__"])
+        groups = cfg.decoder_layers // cfg.expert_every
         stack = nn.scan(
-            block,
+            group,
             variable_axes={"params": 0, "router": 0, "router_stats": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
-            length=cfg.decoder_layers,
-            unroll=cfg.decoder_layers if cfg.unroll else 1,
+            length=groups,
+            unroll=groups if cfg.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
             methods=["__call__", "cross_kv", "step"],
         )
@@ -159,7 +188,8 @@ class Decoder(nn.Module):
 
     def empty_cache(self, users: int, beams: int, positions: int) -> BeamCache:
         cfg = self.cfg
-        shape = (cfg.decoder_layers, users, beams, positions, cfg.num_heads, cfg.head_dim)
+        groups = cfg.decoder_layers // cfg.expert_every
+        shape = (groups, cfg.expert_every, users, beams, positions, cfg.num_heads, cfg.head_dim)
         return BeamCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def step(self, x_bwd, cross: CrossCache, cache: BeamCache, t: int):

@@ -25,6 +25,7 @@ from onerec_jax.models.layers import (
     resolve_attention,
     rms_norm,
 )
+from onerec_jax.models.moe import make_experts
 from onerec_jax.models.qformer import QFormer
 from onerec_jax.sharding import BATCH, per_device
 
@@ -116,12 +117,13 @@ class Positions(nn.Module):
 class PathwayMLP(nn.Module):
     """`Dense(LeakyReLU(Dense(f)))`, the head of every pathway. `[..., W] -> [..., D]`."""
 
+    hidden: int
     d_model: int
     dtype: Dtype
 
     @nn.compact
     def __call__(self, f):
-        h = dense(self.d_model, axes=(None, "ff"), dtype=self.dtype, name="w_in", use_bias=True)(f)
+        h = dense(self.hidden, axes=(None, "ff"), dtype=self.dtype, name="w_in", use_bias=True)(f)
         h = leaky_relu(h)
         return dense(
             self.d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out", use_bias=True
@@ -157,6 +159,7 @@ class EncoderBlock(nn.Module):
     cfg: ModelConfig
     dtype: Dtype
     train: bool
+    experts: bool = False
 
     @nn.compact
     def __call__(self, z_btd, length_b):
@@ -174,7 +177,29 @@ class EncoderBlock(nn.Module):
         )
         z_btd = z_btd + drop(maps.o(y))
         x = rms_norm(dtype=self.dtype, name="norm_ff")(z_btd)
-        return z_btd + drop(FeedForward(cfg.ff_dim, self.dtype, name="ff")(x)), None
+        if not self.experts:
+            return z_btd + drop(FeedForward(cfg.ff_dim, self.dtype, name="ff")(x))
+        valid = jnp.arange(x.shape[1]) < length_b[:, None]
+        # Outside training a user's result must not depend on who else is in the batch.
+        y = make_experts(cfg, self.dtype, name="experts")(x, valid, dropless=not self.train)
+        return z_btd + drop(y)
+
+
+class EncoderGroup(nn.Module):
+    """What the scan repeats: `expert_every` blocks, of which the last may have experts."""
+
+    cfg: ModelConfig
+    dtype: Dtype
+    train: bool
+
+    @nn.compact
+    def __call__(self, z_btd, length_b):
+        cfg = self.cfg
+        for i in range(cfg.expert_every):
+            experts = i == cfg.expert_every - 1 and cfg.expert_layers("encoder") > 0
+            block = EncoderBlock(cfg, self.dtype, self.train, experts, name=f"block_{i}")
+            z_btd = block(z_btd, length_b)
+        return z_btd, None
 
 
 @jax.custom_vjp
@@ -241,16 +266,20 @@ class Encoder(nn.Module):
 
         if "static" in cfg.pathways and spec.static:
             f = StaticFeatures(cfg.static_dim, spec, dtype, name="static_features")(batch.static)
-            h = PathwayMLP(cfg.d_model, dtype, name="static")(f)
+            h = PathwayMLP(cfg.pathway_dim, cfg.d_model, dtype, name="static")(f)
             add("static", h[:, None], jnp.ones(len(f), jnp.int32), 1)
         for name in ("short", "positive"):
             pathway = getattr(batch, name)
             if pathway.item.shape[1] and cfg.slots(name):
-                h = PathwayMLP(cfg.d_model, dtype, name=name)(features(pathway, sid_table))
+                h = PathwayMLP(cfg.pathway_dim, cfg.d_model, dtype, name=name)(
+                    features(pathway, sid_table)
+                )
                 add(name, h, pathway.length, cfg.slots(name))
         lifelong = batch.lifelong
         if lifelong.item.shape[1] and cfg.slots("lifelong"):
-            h = PathwayMLP(cfg.d_model, dtype, name="lifelong")(features(lifelong, sid_table))
+            h = PathwayMLP(cfg.pathway_dim, cfg.d_model, dtype, name="lifelong")(
+                features(lifelong, sid_table)
+            )
             h = LifelongQFormer(cfg, dtype, name="qformer")(h, lifelong.length)
             queries = jnp.where(lifelong.length > 0, cfg.lifelong_queries, 0)
             add("lifelong", h, queries, cfg.lifelong_queries)
@@ -261,14 +290,15 @@ class Encoder(nn.Module):
         multiple = 8 if resolve_attention(cfg.attention, dtype) == "cudnn" else 1
         z, length = pack_valid_first(z, jnp.concatenate(valid, axis=1), multiple)
 
-        block = nn.remat(EncoderBlock, prevent_cse=False) if cfg.remat else EncoderBlock
+        group = nn.remat(EncoderGroup, prevent_cse=False) if cfg.remat else EncoderGroup
+        groups = cfg.encoder_layers // cfg.expert_every
         layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
+            group,
+            variable_axes={"params": 0, "router": 0, "router_stats": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
-            length=cfg.encoder_layers,
-            unroll=cfg.encoder_layers if cfg.unroll else 1,
+            length=groups,
+            unroll=groups if cfg.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         z, _ = layers(cfg, dtype, train, name="layers")(z, length)

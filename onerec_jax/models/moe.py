@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from onerec_jax.config import ModelConfig
 from onerec_jax.models.layers import partitioned, swiglu
 from onerec_jax.sharding import BATCH, USER_AXES, per_device, sharded
 
@@ -245,6 +246,19 @@ class MoE(nn.Module):
             share = self.variable("router_stats", "dropped", jnp.zeros, ())
             share.value = dropped / jnp.maximum(load_e.sum(), 1)
         return y_td.reshape(x.shape)
+
+
+def make_experts(cfg: ModelConfig, dtype, *, name: str) -> MoE:
+    """The layer of experts that a configuration asks for."""
+    return MoE(
+        cfg.num_experts,
+        cfg.experts_per_token,
+        cfg.expert_dim,
+        cfg.capacity_factor,
+        dtype,
+        cfg.gate,
+        name=name,
+    )
 
 
 def update_router_bias(router, router_stats, rate):

@@ -18,6 +18,19 @@ def full_lengths(cfg: ModelConfig) -> dict[str, int]:
     return {name: cfg.slots(name) for name in ("short", "positive", "lifelong")}
 
 
+def feature_width(cfg: ModelConfig, spec: FeatureSpec) -> int:
+    """Width W of the features of an interaction side by side, member counts of clusters apart."""
+    has = {
+        "tag": spec.tags,
+        "age": spec.has_time,
+        "playtime": spec.has_playtime,
+        "duration": spec.has_duration,
+        "label": spec.labels,
+    }
+    width = cfg.d_model + cfg.feature_dim * sum(bool(has.get(name)) for name in cfg.features)
+    return width + cfg.author_dim * bool("author" in cfg.features and spec.num_authors)
+
+
 def forward_flops(
     cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths: dict | None = None
 ) -> dict[str, int | np.ndarray]:
@@ -26,17 +39,7 @@ def forward_flops(
     Args:
       lengths: of the three histories, numbers or int `[U]` for U users; None: full ones.
     """
-    d, f = cfg.d_model, cfg.ff_dim
-    has = {
-        "tag": spec.tags,
-        "age": spec.has_time,
-        "playtime": spec.has_playtime,
-        "duration": spec.has_duration,
-        "label": spec.labels,
-    }
-    width = d + cfg.feature_dim * sum(bool(has.get(name)) for name in cfg.features)
-    if "author" in cfg.features and spec.num_authors:
-        width += cfg.author_dim
+    d, f, width = cfg.d_model, cfg.ff_dim, feature_width(cfg, spec)
     lengths = full_lengths(cfg) if lengths is None else lengths
     lengths = {name: np.asarray(length, np.int64) for name, length in lengths.items()}
     lifelong, recent = lengths["lifelong"], lengths["short"] + lengths["positive"]
@@ -44,11 +47,12 @@ def forward_flops(
     static = bool(spec.static) and "static" in cfg.pathways
     tokens, levels = recent + queries + static, spec.levels
 
-    pathways = (recent + lifelong) * (width * d + d * d)
+    hidden = cfg.pathway_dim
+    pathways = (recent + lifelong) * hidden * (width + d)
     if spec.clustered and "count" in cfg.features:
-        pathways = pathways + lifelong * cfg.feature_dim * d
+        pathways = pathways + lifelong * cfg.feature_dim * hidden
     if static:
-        pathways = pathways + len(spec.static) * cfg.static_dim * d + d * d
+        pathways = pathways + hidden * (len(spec.static) * cfg.static_dim + d)
     qformer = cfg.lifelong_blocks * (
         2 * lifelong * d * d + queries * (2 * d * d + 2 * d * f) + 2 * queries * lifelong * d
     )
@@ -82,6 +86,11 @@ def forward_flops(
 def train_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths=None):
     """FLOPs of one user's training step; arguments as `forward_flops`."""
     return 3 * sum(forward_flops(cfg, spec, targets, lengths).values())
+
+
+VOCABULARIES = ("embeddings", "heads")
+"""Parts of `count_parameters` that the names of the published models leave out: with the tables of
+codes and items and the output heads, none of the names would fit."""
 
 
 def count_parameters(params) -> dict[str, int]:

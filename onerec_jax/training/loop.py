@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from onerec_jax.inputs import Batch
 from onerec_jax.sharding import put_batch
 from onerec_jax.training.checkpoint import Checkpoints
 from onerec_jax.training.metrics import MetricsLog, first_non_finite, mean_rows
+from onerec_jax.training.profile import peak_flops
 from onerec_jax.training.step import Trainer, TrainState
 
 
@@ -97,6 +99,8 @@ def fit(
     *,
     seed: int,
     validate: Callable[[dict[str, Any]], dict[str, float]],
+    work: Callable[[Batch], tuple[float, float]] | None = None,
+    profile: pathlib.Path | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[TrainState, Progress]:
     """Trains until the last step or until validation stops rising; resumes by itself.
@@ -108,6 +112,8 @@ def fit(
     Args:
       stream: step -> batches from that step on, as `data.pipeline.TrainStream`.
       validate: variables -> metrics, among them `score` (higher is better).
+      work: targets and useful FLOPs of a training step on a batch of this process.
+      profile: folder for a trace of PROFILED steps, once everything is compiled.
       say: prints one line of progress.
 
     Raises:
@@ -126,6 +132,7 @@ def fit(
     pending: list[dict] = []
     start, earlier = time.perf_counter(), progress.seconds
     clock = _Clock()
+    tracer = _Tracer(profile, step, say)
 
     def not_finite(name, at):
         saved = checkpoints.latest
@@ -143,9 +150,10 @@ def fit(
         pending.clear()
         if bad := first_non_finite(rows):
             raise not_finite(bad[1], step - len(rows) + 1 + bad[0])
-        row = mean_rows(rows)
-        metrics_log.write({"step": step, **row})
-        say(_progress_line(step, cfg, row, clock))
+        row, speed = mean_rows(rows), clock.rates()
+        # Speed apart: all else in a row is the same whenever the step is repeated.
+        metrics_log.write({"step": step, **row, "speed": speed})
+        say(_progress_line(step, cfg, row | speed, clock))
 
     def save(score):
         progress.seconds = earlier + time.perf_counter() - start
@@ -155,13 +163,17 @@ def fit(
     def finished():
         return step >= cfg.steps or (cfg.patience and progress.waited >= cfg.patience)
 
-    with _StopSignal() as stop, contextlib.closing(stream(step)) as batches:
+    metrics: dict = {}
+    with _StopSignal() as stop, contextlib.closing(stream(step)) as batches, tracer:
         while not finished():
-            batch = put_batch(next(batches), trainer.mesh)
-            state, metrics = trainer.step(state, batch)
+            batch = next(batches)
+            targets, flops = work(batch) if work else (0.0, 0.0)
+            tracer.before(step, metrics)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = trainer.step(state, put_batch(batch, trainer.mesh))
             pending.append(metrics)
             step += 1
-            clock.tick(cfg.batch_size, metrics)
+            clock.tick(cfg.batch_size, targets, flops, metrics)
             validating = step % cfg.validate_every == 0 or step == cfg.steps
             if validating or step % cfg.log_every == 0:
                 flush()
@@ -186,32 +198,97 @@ def fit(
 
 
 class _Clock:
-    """Examples a second of this session, compilation and validation left out."""
+    """Rates of this session since the last look, compilation and validation left out."""
 
     def __init__(self):
-        self.examples, self.seconds, self.last = 0, 0.0, None
+        self.users, self.seconds = 0, 0.0  # of the session
+        self._since = [0, 0, 0.0, 0.0]  # users, targets, FLOPs, seconds since the last look
+        self._last = None
+        self._peak = peak_flops(jax.devices()[0])
 
-    def tick(self, examples, metrics):
-        if self.last is None:  # the first step compiles
+    def tick(self, users, targets, flops, metrics):
+        if self._last is None:  # the first step compiles
             jax.block_until_ready(metrics)
         else:
-            self.examples += examples
-            self.seconds += time.perf_counter() - self.last
-        self.last = time.perf_counter()
+            seconds = time.perf_counter() - self._last
+            self.users, self.seconds = self.users + users, self.seconds + seconds
+            processes = jax.process_count()
+            new = (users, targets * processes, flops * processes, seconds)
+            self._since = [old + more for old, more in zip(self._since, new, strict=True)]
+        self._last = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self):
         yield
-        self.last = time.perf_counter()
+        self._last = time.perf_counter()
 
     @property
     def rate(self) -> float:
-        return self.examples / self.seconds if self.seconds else float("nan")
+        """Users a second of the session."""
+        return self.users / self.seconds if self.seconds else float("nan")
+
+    def rates(self) -> dict[str, float]:
+        """`users_s`, `targets_s`, `tflops` and `mfu` of a device, `peak_gib`: what is known."""
+        users, targets, flops, seconds = self._since
+        self._since = [0, 0, 0.0, 0.0]
+        found = {}
+        if seconds:
+            found = {"users_s": users / seconds}
+            if flops:
+                found["targets_s"] = targets / seconds
+                a_device = flops / seconds / jax.device_count()
+                found["tflops"] = a_device / 1e12
+                if self._peak:
+                    found["mfu"] = a_device / self._peak
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            found["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+        return found
+
+
+PROFILED = 3
+"""Steps in a trace, from the fifth of a session on: before, shapes are still being compiled."""
+
+
+class _Tracer:
+    """Writes a profiler trace of a few steps of a session."""
+
+    def __init__(self, folder, first_step, say):
+        self.folder, self.start, self.say = folder, first_step + 5, say
+        self.running = False
+
+    def __enter__(self):
+        return self
+
+    def before(self, step, metrics) -> None:
+        """To be called before each step, with what the last one returned."""
+        if self.folder is None:
+            return
+        if step == self.start:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+        elif self.running and step == self.start + PROFILED:
+            self._stop(metrics)
+
+    def _stop(self, metrics=()) -> None:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        self.running = False
+        self.say(f"trace of {PROFILED} steps in {self.folder}: open it with xprof or Perfetto")
+
+    def __exit__(self, *_):
+        if self.running:
+            self._stop()
 
 
 def _progress_line(step, cfg, row, clock) -> str:
     levels = " ".join(f"{x:.3f}" for x in row["loss_level"])
-    line = f"step {step:>6}/{cfg.steps}  loss {row['loss']:.4f} ({levels})  {clock.rate:,.0f} ex/s"
+    line = (
+        f"step {step:>6}/{cfg.steps}  loss {row['loss']:.4f} ({levels})  {clock.rate:,.0f} users/s"
+    )
+    if "mfu" in row:
+        line += f"  MFU {row['mfu']:.1%}"
     if "load" in row:
         line += f"  max load +{row['max_violation']:.0%}  dropped {row['dropped']:.1%}"
     left = (cfg.steps - step) * cfg.batch_size / clock.rate if clock.seconds else float("nan")

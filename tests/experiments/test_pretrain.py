@@ -6,6 +6,7 @@ import pathlib
 import signal
 import time
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_files_of_a_run(trained):
 def test_what_is_printed(trained):
     printed = trained.printed
     assert str(trained.folder) in printed
-    for words in ("ex/s", "dropped", "popularity", "SASRec", "Markov"):
+    for words in ("users/s", "dropped", "popularity", "SASRec", "Markov"):
         assert words in printed
     titles = {title(item) for item in range(ITEMS)}
     assert len([word for word in titles if word in printed]) > 10  # recommendations in words
@@ -235,7 +236,8 @@ def test_kill_9_and_the_same_command_again(trained, world, tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "30" in next(line for line in out.splitlines() if "resum" in line)
-    assert (run / "metrics.jsonl").read_bytes() == (trained.folder / "metrics.jsonl").read_bytes()
+    ours, theirs = (helpers.logged(f / "metrics.jsonl") for f in (run, trained.folder))
+    assert ours == theirs
     assert restored(run) == restored(trained.folder)
     ours, theirs = (json.loads((f / "report.json").read_text()) for f in (run, trained.folder))
     assert ours["test"] == theirs["test"]

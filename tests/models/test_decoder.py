@@ -107,19 +107,19 @@ def test_only_valid_tokens_of_the_user_are_read():
 
 
 def test_cache_take_against_a_loop():
-    k, v = draw(2, B, W, S, 2, 8), draw(2, B, W, S, 2, 8, seed=1)
+    k, v = draw(1, 2, B, W, S, 2, 8), draw(1, 2, B, W, S, 2, 8, seed=1)
     parents = np.array([[0, 0, 3], [2, 1, 0], [3, 3, 3]], np.int32)
     taken = BeamCache(jnp.asarray(k), jnp.asarray(v)).take(parents)
     for old, new in ((k, taken.k), (v, taken.v)):
-        chex.assert_shape(new, (2, B, 3, S, 2, 8))
+        chex.assert_shape(new, (1, 2, B, 3, S, 2, 8))
         for b, w in np.ndindex(B, 3):
-            np.testing.assert_array_equal(new[:, b, w], old[:, b, parents[b, w]])
+            np.testing.assert_array_equal(new[:, :, b, w], old[:, :, b, parents[b, w]])
 
 
 def test_sizes_of_the_caches():
     decoder = Decoder(CFG, jnp.bfloat16)
     cache = decoder.empty_cache(B, W, S)
-    chex.assert_shape([cache.k, cache.v], (2, B, W, S, 2, 8))
+    chex.assert_shape([cache.k, cache.v], (2, 1, B, W, S, 2, 8))
     chex.assert_type([cache.k, cache.v], jnp.bfloat16)
     cross = jax.eval_shape(
         functools.partial(decoder.apply, method="cross_cache"),
@@ -127,4 +127,4 @@ def test_sizes_of_the_caches():
         draw(B, T, 16),
         LENGTHS,
     )
-    chex.assert_shape([cross.k, cross.v], (2, B, T, 2, 8))  # once a user, not once a beam
+    chex.assert_shape([cross.k, cross.v], (2, 1, B, T, 2, 8))  # once a user, not once a beam

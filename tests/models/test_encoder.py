@@ -203,7 +203,7 @@ def test_features_and_mlp_of_one_pathway_in_numpy():
     chex.assert_shape(f, (USERS, 3, 16 + 8 + 5 * 4))
     chex.assert_trees_all_close(np.asarray(f), expected, rtol=1e-5, atol=1e-5)
 
-    mlp = PathwayMLP(16, jnp.float32)
+    mlp = PathwayMLP(16, 16, jnp.float32)
     variables = helpers.random_variables(mlp, f)
     p, h = variables["params"], helpers.quick_jit(mlp.apply)(variables, f)
     twin = leaky(expected @ p["w_in"]["kernel"] + p["w_in"]["bias"])

@@ -101,6 +101,56 @@ def test_decode_steps_equal_teacher_forcing():
         np.testing.assert_allclose(stepped[:, beam], expected, rtol=1e-4, atol=1e-4)
 
 
+EVERY_OTHER = helpers.tiny_config(
+    encoder_layers=2, expert_every=2, encoder_experts=True, num_experts=4, capacity_factor=0.5
+)
+
+
+@functools.cache
+def of_every_other():
+    """Variables of the model with experts in every other block of both stacks."""
+    return helpers.random_variables(OneRec(EVERY_OTHER, SPEC), BATCH_OF_8)
+
+
+def test_experts_in_every_other_block():
+    tree = nn.unbox(of_every_other())
+    for stack in ("encoder", "decoder"):
+        blocks = tree["params"][stack]["layers"]
+        assert ("ff" in blocks["block_0"], "experts" in blocks["block_0"]) == (True, False)
+        assert ("ff" in blocks["block_1"], "experts" in blocks["block_1"]) == (False, True)
+    _, updated = helpers.quick_jit(
+        functools.partial(OneRec(EVERY_OTHER, SPEC, train=True).apply, mutable=["router_stats"])
+    )(tree, BATCH_OF_8)
+    stats = updated["router_stats"]["encoder"]["layers"]["block_1"]["experts"]
+    _, length = OneRec(EVERY_OTHER, SPEC).apply(tree, BATCH_OF_8, method="encode")
+    assert stats["load"].sum() == length.sum() * 2  # real tokens only
+    assert stats["dropped"].max() > 0
+    poisoned = helpers.poison(BATCH_OF_8, EVERY_OTHER, SPEC)
+    apply = helpers.quick_jit(OneRec(EVERY_OTHER, SPEC).apply)
+    np.testing.assert_array_equal(apply(tree, BATCH_OF_8), apply(tree, poisoned))
+
+
+def test_caches_of_grouped_blocks():
+    """Decoding by steps equals teacher forcing where a scan step holds two blocks."""
+    model, code = OneRec(EVERY_OTHER, SPEC), BATCH_OF_8.target
+
+    @helpers.quick_jit
+    def steps(variables, batch):
+        cross, cache = model.apply(variables, batch, 1, method="start")
+        found = []
+        for level in range(SPEC.levels):
+            before = code[:, :, max(level - 1, 0)]
+            logits, cache = model.apply(
+                variables, before, cross, cache, level, method="decode_step"
+            )
+            found.append(logits)
+        return jnp.stack(found, axis=2)
+
+    expected = helpers.quick_jit(model.apply)(of_every_other(), BATCH_OF_8)
+    stepped = steps(of_every_other(), BATCH_OF_8)
+    np.testing.assert_allclose(stepped, expected, rtol=1e-4, atol=1e-4)
+
+
 def loss_and_gradients(variables, batch, *, cfg):
     model = OneRec(cfg, SPEC, train=True)
 
@@ -144,7 +194,7 @@ def test_every_weight_is_trained():
 
 def test_load_counts_every_token():
     (_, (_, stats)), _ = on_one_device()
-    load = stats["decoder"]["layers"]["experts"]["load"]
+    load = stats["decoder"]["layers"]["block_0"]["experts"]["load"]
     chex.assert_shape(load, (CFG.decoder_layers, CFG.num_experts))
     np.testing.assert_array_equal(load.sum(-1), USERS * SPEC.levels * CFG.experts_per_token)
 

@@ -189,7 +189,7 @@ def test_what_each_axis_splits(histories):
 
     params, moments = held((8, 1, 1, 1))
     assert set(params.values()) == {1.0}
-    assert moments["encoder/layers/ff/w_in/kernel"] == moments["heads"] == 1 / 8
+    assert moments["encoder/layers/block_0/ff/w_in/kernel"] == moments["heads"] == 1 / 8
     params, moments = held((1, 8, 1, 1))
     experts = {name for name in params if name.endswith(("experts/w_in", "experts/w_out"))}
     assert len(experts) == 2
@@ -197,11 +197,11 @@ def test_what_each_axis_splits(histories):
         assert share == moments[name] == (1 / 8 if name in experts else 1.0), name
     params, moments = held((1, 1, 8, 1))
     assert params == moments
-    assert params["encoder/layers/ff/w_in/kernel"] == params["heads"] == 1 / 8
+    assert params["encoder/layers/block_0/ff/w_in/kernel"] == params["heads"] == 1 / 8
     assert params["sid_embedding"] == 1.0  # 15 rows do not divide
     params, _ = held((4, 1, 1, 2))
-    assert params["encoder/layers/attention/q/kernel"] == 0.5
-    assert params["decoder/layers/experts/w_in"] == 0.5
+    assert params["encoder/layers/block_0/attention/q/kernel"] == 0.5
+    assert params["decoder/layers/block_0/experts/w_in"] == 0.5
     assert params["sid_embedding"] == 1.0
 
 

@@ -1,0 +1,132 @@
+"""Memory of a training step on one device, before anything is allocated.
+
+The state is counted exactly, from the shapes and shardings of its leaves. Activations are an
+estimate: what the backward pass keeps of every block, in the compute type.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+from jax.sharding import AbstractMesh
+
+from onerec_jax.config import ModelConfig
+from onerec_jax.errors import InputError
+from onerec_jax.inputs import Batch, FeatureSpec
+from onerec_jax.models.onerec import OneRec
+from onerec_jax.sharding import AXES, USER_AXES, MeshConfig, shardings_of, split_over_data
+from onerec_jax.training.flops import feature_width
+from onerec_jax.training.step import init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    parameters: int
+    """Master weights, float32, and the routers' biases."""
+    optimizer: int
+    gradients: int
+    """As large as the parameters, float32."""
+    activations: int
+
+    @property
+    def state(self) -> int:
+        """What lies there between steps."""
+        return self.parameters + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.state + self.gradients + self.activations
+
+
+def step_memory(
+    cfg: ModelConfig,
+    spec: FeatureSpec,
+    batch: Batch,
+    tx,
+    mesh: MeshConfig,
+    *,
+    users: int,
+    targets: int = 1,
+    accumulate: int = 1,
+) -> Memory:
+    """Memory of one device of a mesh, which need not exist here.
+
+    Args:
+      batch: abstract or not, of any number of users.
+      tx: optimizer.
+      users: of a step, over all devices.
+      accumulate: parts of a step.
+    """
+    sizes = dataclasses.asdict(mesh) | {"data": mesh.data or 1}
+    shape = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+    model = OneRec(cfg, spec, train=True)
+    init = functools.partial(init_state, model=model, tx=tx)
+    boxed = jax.eval_shape(init, jax.random.key(0), batch)
+    state, shardings = nn.unbox(boxed), shardings_of(boxed, shape)
+    optimizer = split_over_data(shardings.opt_state, state.opt_state, shape)
+
+    def held(tree, where):
+        leaves = jax.tree.map(
+            lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, where
+        )
+        return sum(jax.tree.leaves(leaves))
+
+    parameters = held(state.params, shardings.params)
+    here = users / accumulate / math.prod(sizes[axis] for axis in USER_AXES)
+    return Memory(
+        parameters + held(state.router, shardings.router),
+        held(state.opt_state, optimizer),
+        parameters,
+        int(here * user_activations(cfg, spec, targets=targets) / sizes["tensor"]),
+    )
+
+
+def user_activations(cfg: ModelConfig, spec: FeatureSpec, *, targets: int = 1) -> int:
+    """Bytes that the backward pass needs of one user with full histories."""
+    d, f = cfg.d_model, cfg.ff_dim
+    width = feature_width(cfg, spec)
+    lifelong = cfg.slots("lifelong")
+    history = cfg.slots("short") + cfg.slots("positive") + lifelong
+    tokens, codes = cfg.encoder_length, targets * spec.levels
+    pathways = history * (width + 2 * cfg.pathway_dim + d)  # features, hidden twice, output
+    qformer = lifelong * d * (1 + 2 * cfg.lifelong_blocks)  # normed input, keys and values
+    qformer += cfg.lifelong_queries * cfg.lifelong_blocks * (8 * d + 2 * f) * (lifelong > 0)
+    # Inputs of both norms and both normed ones, query, key, value, result; hidden twice.
+    dense, attention = 2 * f, 8 * d
+    copies = cfg.experts_per_token * max(cfg.capacity_factor, 1)
+    experts = copies * (2 * d + 3 * cfg.expert_dim)
+
+    def stack(name, layers, tokens, more):
+        with_experts = cfg.expert_layers(name)
+        hidden = with_experts * experts + (layers - with_experts) * dense
+        kept = layers * (attention + more) + hidden
+        return tokens * (layers * d + kept / layers if cfg.remat and layers else kept)
+
+    encoder = stack("encoder", cfg.encoder_layers, tokens, 0)
+    decoder = stack("decoder", cfg.decoder_layers, codes, 4 * d)
+    decoder += cfg.decoder_layers * tokens * 2 * d  # keys and values of the encoder's tokens
+    itemsize = 4 if cfg.compute_dtype == "float32" else 2  # "auto": as on an accelerator
+    logits = 2 * codes * spec.codebook_size * 4 / itemsize
+    return int(itemsize * (pathways + qformer + encoder + decoder + logits))
+
+
+def check_fits(memory: Memory, limit: int) -> None:
+    """Refuses a state that cannot lie on a device.
+
+    Args:
+      limit: bytes that the device has for us.
+
+    Raises:
+      InputError: with what is missing, and the flags that help.
+    """
+    need = memory.state + memory.gradients
+    if need > limit:
+        raise InputError(
+            f"parameters, optimizer and gradients take {need / 2**30:.1f} GiB a device, "
+            f"{(need - limit) / 2**30:.1f} GiB more than it has: split them with --mesh.fsdp or "
+            "--mesh.expert, or choose a smaller --preset"
+        )
