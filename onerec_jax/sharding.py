@@ -11,6 +11,7 @@ tensor   heads and hidden widths of every layer; users whole
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -141,9 +142,12 @@ def shardings_of(boxed, mesh: Mesh):
 
 
 def split_over_data(shardings, tree, mesh: Mesh):
-    """The same shardings with the largest free dimension split over `data` too (ZeRO-1).
+    """The same shardings with one free dimension more split over `data` (ZeRO-1).
 
-    For optimizer state: each device then updates its share, and what it updated is gathered.
+    For optimizer state: each device then updates its share, and what it updated is gathered. It is
+    the first dimension that divides, for then a share is in one piece; but not that of the layers
+    if it can be helped, for the gradients of one layer are summed while those of the next are
+    computed.
 
     Args:
       shardings: of `tree`, whose leaves have shapes.
@@ -158,7 +162,8 @@ def split_over_data(shardings, tree, mesh: Mesh):
             if (axis is None or mesh.shape[axis] == 1) and leaf.shape[i] % data == 0
         ]
         if data > 1 and free:
-            spec[max(free, key=lambda i: leaf.shape[i])] = "data"
+            layers = leaf.ndim > 2 and len(free) > 1 and free[0] == 0
+            spec[free[1] if layers else free[0]] = "data"
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree.map(split, shardings, tree)
@@ -183,6 +188,11 @@ def on_mesh(function, mesh: Mesh):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args, **kwargs)
 
+    # The compiled program, and its traces and dumps, are called after the function.
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    call.__name__ = call.__qualname__ = inner.__name__
     return call
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from onerec_jax.sharding import BATCH, USER_AXES, per_device, sharded
 
 Dtype = Any
 
@@ -85,14 +88,37 @@ def _normalize_backward(dtype, kept, gradient):
 
 normalize.defvjp(_normalize_forward, _normalize_backward)
 
-# Activations keep their input for the backward pass, not the steps in between.
+
+@jax.custom_vjp
+def leaky_relu(x):
+    """LeakyReLU of slope 0.01. Its gradient reads the result, which the next product keeps anyway,
+    and not the input."""
+    return nn.leaky_relu(x, 0.01)
+
+
+def _leaky_forward(x):
+    y = leaky_relu(x)
+    return y, y
+
+
+def _leaky_backward(y, gradient):
+    return (jnp.where(y >= 0, gradient, 0.01 * gradient),)
+
+
+leaky_relu.defvjp(_leaky_forward, _leaky_backward)
+
+# These keep their input for the backward pass, not the steps in between.
 gelu = jax.checkpoint(nn.gelu)
-leaky_relu = jax.checkpoint(functools.partial(nn.leaky_relu, negative_slope=0.01))
 swiglu = jax.checkpoint(lambda gate, up: nn.silu(gate) * up)
 
 
 def embedding(size, width, *, axes=("vocabulary", "embed")):
-    """Initialiser and shape of an embedding table, for `Module.param`."""
+    """Initialiser and shape of an embedding table, for `Module.param`.
+
+    Large tables are rounded up to a multiple of 256 rows, so that they split over devices.
+    """
+    if size > 4096:
+        size = -(-size // 256) * 256
     return partitioned(nn.initializers.normal(width**-0.5), *axes), (size, width)
 
 
@@ -112,9 +138,16 @@ def _lookup_forward(table_vd, index, dtype):
 
 def _lookup_backward(dtype, kept, rows):
     index, shape = kept
-    gradient = jnp.zeros(shape, jnp.float32)
-    rows = rows.reshape(-1, shape[1]).astype(jnp.float32)
-    return gradient.at[index.reshape(-1)].add(rows, mode="promise_in_bounds"), None
+
+    def here(index, rows):
+        rows = rows.reshape(-1, shape[1]).astype(jnp.float32)
+        gradient = jnp.zeros(shape, jnp.float32)
+        gradient = gradient.at[index.reshape(-1)].add(rows, mode="promise_in_bounds")
+        return jax.lax.psum(gradient, USER_AXES) if sharded() else gradient
+
+    # Device by device, for the rows of a batch are many more than those of a table: left to
+    # itself, XLA sends them around to where the table's columns are updated.
+    return per_device(here, (BATCH, BATCH), P())(index, rows), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

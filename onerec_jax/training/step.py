@@ -98,8 +98,8 @@ def train_step(
 
     Returns:
       The next state and metrics: `loss` (sum over levels, nats an item), `loss_level` `[levels]`,
-      `grad_norm`, and for experts `load` (share of tokens, `[layers, E]`), `max_violation` and
-      `dropped` (worst layer).
+      `grad_norm`, and for experts `load` (share of tokens, `[layers, E]`), `max_violation` (worst
+      layer) and `dropped` (share of copies, over all layers).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     compute = functools.partial(gradients, model=model)
@@ -116,7 +116,7 @@ def train_step(
         metrics |= {
             "load": load / load.sum(-1, keepdims=True),
             "max_violation": max_violation(load).max(),
-            "dropped": jnp.stack([x["dropped"].max() for x in layers]).max(),
+            "dropped": sum((x["dropped"] * x["load"].sum(-1)).sum() for x in layers) / load.sum(),
         }
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, router, opt_state), metrics
