@@ -25,7 +25,7 @@ import rich.table
 from experiments import evaluate, recommend
 from experiments.prepare import PrepareConfig, prepare
 from experiments.tokenize import say, with_alignment_preset
-from onerec_jax import cli
+from onerec_jax import cli, distributed
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.data.compress import compress
 from onerec_jax.data.examples import (
@@ -40,13 +40,14 @@ from onerec_jax.data.mapped import MappedBatches, write_mapped
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import make_split
+from onerec_jax.distributed import DistributedConfig, first_then_all
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.ranking import ranking_metrics
 from onerec_jax.files import read_json
 from onerec_jax.inputs import FeatureConfig, PositiveRule
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh
+from onerec_jax.sharding import MeshConfig, check_mesh, local_mesh, make_mesh
 from onerec_jax.tokenizer import report
 from onerec_jax.tokenizer.build import Files, TokenizerConfig, files_key, tokenize
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -108,6 +109,9 @@ class PretrainConfig:
     """What the best checkpoint and the early stop go by. With few validation users the loss is the
     steadier of the two: NDCG@10 of 671 users has a standard error of 0.005."""
     mesh: MeshConfig = MeshConfig()
+    distributed: bool = False
+    """Run as one of several processes; see docs/scaling.md."""
+    cluster: DistributedConfig = DistributedConfig()
     deterministic: bool = False
     """On a GPU: the same bits every time, by slower kernels."""
     profile: pathlib.Path | None = None
@@ -133,7 +137,7 @@ DEMO = {
 def settings(config: PretrainConfig) -> dict:
     """All that the result depends on, as JSON; the mesh may change between sessions."""
     values = dataclasses.asdict(config)
-    apart = ("run", "mesh", "describe", "profile", "evaluation", "data")
+    apart = ("run", "mesh", "distributed", "cluster", "describe", "profile", "evaluation", "data")
     # How IDs and lives were made matters through their fingerprints, which are part of the run.
     made = ("semantic_ids", "vectors", "tokens", "pairs", "tokenizer", "lifelong", "compression")
     for name in apart + made:
@@ -256,9 +260,13 @@ def training_stream(config: PretrainConfig, run: Run) -> TrainStream:
             "lifelong": run.config["lifelong"],
         }
         folder = RUNS / "mapped" / f"{run.dataset.name}-{settings_hash(key)}"
-        if not folder.exists():
-            print(f"writing the log for the workers to {folder}")
-            write_mapped(folder, run.builder)
+
+        def write():
+            if not folder.exists():
+                print(f"writing the log for the workers to {folder}")
+                write_mapped(folder, run.builder)
+
+        first_then_all(write)
         mapped = MappedBatches(folder, run.model_config)
     return TrainStream(
         run.builder,
@@ -419,6 +427,14 @@ def main(config: PretrainConfig) -> None:
 
     if config.profile is not None and config.profile.exists():
         raise InputError(f"--profile {config.profile} exists: give a new folder")
+    if config.distributed:
+        distributed.start(config.cluster)
+    with distributed.quiet_unless_first(), distributed.ends_with_others():
+        run_stages(config)
+
+
+def run_stages(config: PretrainConfig) -> None:
+    """All but the description; in every process of a distributed run."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_mesh(
         mesh,
@@ -427,18 +443,22 @@ def main(config: PretrainConfig) -> None:
         accumulate=config.train.accumulate,
     )
     seconds, start = {}, time.perf_counter()
-    data_folder = find_data(config)
+    data_folder = first_then_all(lambda: find_data(config))
     dataset = load_dataset(data_folder)
     seconds["prepare"] = time.perf_counter() - start
     start = time.perf_counter()
-    ids_folder = find_semantic_ids(config, dataset, mesh)
+    # By one process, on its own devices, whatever the number of processes.
+    here = mesh if jax.process_count() == 1 else local_mesh()
+    ids_folder = first_then_all(lambda: find_semantic_ids(config, dataset, here))
     ids = SemanticIds.load(ids_folder)
     seconds["tokenize"] = time.perf_counter() - start
     start = time.perf_counter()
-    lifelong_folder = find_lifelong(config, dataset, ids)
+    lifelong_folder = first_then_all(lambda: find_lifelong(config, dataset, ids))
     if lifelong_folder is not None:
         seconds["compress lives"] = time.perf_counter() - start
-    run = open_run(config, data_folder, ids_folder, lifelong_folder, dataset, ids)
+    run = first_then_all(
+        lambda: open_run(config, data_folder, ids_folder, lifelong_folder, dataset, ids)
+    )
 
     result = finished_report(run, config)
     if result is not None:
@@ -449,6 +469,10 @@ def main(config: PretrainConfig) -> None:
         except Interrupted as interrupted:
             print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
             raise SystemExit(130) from None
+        if jax.process_count() > 1:
+            run.checkpoints.close()
+            print(f"trained; test it with one process: python -m experiments.evaluate {run.folder}")
+            return
         seconds["train"] = progress.seconds
         result = evaluate.evaluate_run(run, config.evaluation, seconds)
     evaluate.show(result)

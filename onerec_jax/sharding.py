@@ -92,6 +92,14 @@ def make_mesh(data: int = 0, expert: int = 1, *, fsdp: int = 1, tensor: int = 1)
     )
 
 
+def local_mesh() -> Mesh:
+    """The first device of this process alone, as a mesh."""
+    shape = (1,) * len(AXES)
+    return jax.make_mesh(
+        shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1]
+    )
+
+
 def check_mesh(mesh: Mesh, cfg, *, batch_size: int, accumulate: int = 1) -> None:
     """Refuses what does not divide over the mesh: users, experts, heads, widths.
 

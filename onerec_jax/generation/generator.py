@@ -11,6 +11,7 @@ import numpy as np
 
 from onerec_jax.data.batches import BatchBuilder, padded_batches
 from onerec_jax.data.examples import Examples
+from onerec_jax.distributed import fetch, local_share
 from onerec_jax.evaluation.ranking import rank_of_target_in_list
 from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.trie import Trie, build_trie
@@ -96,13 +97,13 @@ class Generator:
 
     def _batches(self, builder: BatchBuilder, examples: Examples):
         for batch, real in padded_batches(builder, examples, self.batch_size):
-            yield put_batch(batch, self.mesh), real
+            yield put_batch(local_share(batch), self.mesh), real
 
     def beams(self, variables, builder, examples, *, masked=True):
         """Yields `Beams` of NumPy arrays over all examples; `masked`: only IDs that exist."""
         trie = self.trie if masked else None
         for batch, real in self._batches(builder, examples):
-            found = jax.device_get(self.search(variables, batch, trie=trie))
+            found = fetch(self.search(variables, batch, trie=trie))
             yield jax.tree.map(lambda x, real=real: x[:real], found)
 
     def rank(self, variables, builder, examples, *, n=10, seen=None) -> Generated:
@@ -129,7 +130,7 @@ class Generator:
     def loss(self, variables, builder, examples) -> np.ndarray:
         """NTP loss of every example's first target, float32 `[U, levels]`, nats."""
         parts = [
-            np.asarray(self._loss(variables, batch))[:real]
+            fetch(self._loss(variables, batch))[:real]
             for batch, real in self._batches(builder, examples)
         ]
         return np.concatenate(parts)

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 
+import jax
 import numpy as np
 
 from onerec_jax.files import write_text
@@ -26,6 +27,8 @@ class MetricsLog:
         self.path = pathlib.Path(path)
 
     def write(self, row: dict) -> None:
+        if jax.process_index():  # one process writes for all
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
 
@@ -41,7 +44,7 @@ class MetricsLog:
 
     def cut_after(self, step: int) -> None:
         """Drops rows past `step`: a resumed run writes them again."""
-        if self.path.exists():
+        if self.path.exists() and not jax.process_index():
             kept = [row for row in self.read() if row["step"] <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -165,11 +166,11 @@ def refused(capfd):
     return refuse
 
 
-def start(command: list[str], cwd: pathlib.Path) -> subprocess.Popen:
+def start(command: list[str], cwd: pathlib.Path, *, devices: int = 8) -> subprocess.Popen:
     """A command in a process of its own, compiled and cached as in this one."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -184,3 +185,14 @@ def start(command: list[str], cwd: pathlib.Path) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def wait_for_step(process, metrics, step):
+    """Until metrics.jsonl has a row of `step`; the process must still be running."""
+    limit = time.monotonic() + 240
+    wanted = f'{{"step": {step}, '
+    while not (metrics.exists() and wanted in metrics.read_text()):
+        if process.poll() is not None or time.monotonic() > limit:
+            process.kill()
+            pytest.fail(f"step {step} was not reached:\n{process.communicate()[1]}")
+        time.sleep(0.002)

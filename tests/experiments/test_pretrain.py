@@ -4,13 +4,12 @@ import dataclasses
 import json
 import pathlib
 import signal
-import time
 
 import helpers
 import jax
 import numpy as np
 import pytest
-from conftest import FLAGS, ITEMS, MODEL_FLAGS, USERS, make_data, start, title, tree
+from conftest import FLAGS, ITEMS, MODEL_FLAGS, USERS, make_data, start, title, tree, wait_for_step
 
 from experiments import evaluate, pretrain, recommend
 from experiments.prepare import PrepareConfig, prepare
@@ -191,17 +190,6 @@ def test_presets_parse_build_and_report(preset, capsys, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------- killed, interrupted, resumed
-
-
-def wait_for_step(process, metrics, step):
-    """Until metrics.jsonl has a row of `step`; the process must still be running."""
-    limit = time.monotonic() + 240
-    wanted = f'{{"step": {step}, '
-    while not (metrics.exists() and wanted in metrics.read_text()):
-        if process.poll() is not None or time.monotonic() > limit:
-            process.kill()
-            pytest.fail(f"step {step} was not reached:\n{process.communicate()[1]}")
-        time.sleep(0.002)
 
 
 def steps_in(folder):
