@@ -36,21 +36,24 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=True,  # of saves that were killed
         )
+        self._writing = None
 
     @property
     def latest(self) -> int | None:
         """Step of the latest checkpoint, None if there is none."""
+        self.wait()
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
     def save(self, state: TrainState, *, note: dict[str, Any], score: float) -> None:
-        """Writes one step and waits until it is whole.
+        """Takes a copy of one step and writes it while the caller goes on; see `wait`.
 
         Args:
           note: JSON, returned by `load_note`.
           score: higher is better.
         """
-        self._checkpointer.save_checkpointables(
+        self.wait()
+        self._writing = self._checkpointer.save_checkpointables_async(
             int(state.step),
             {"model": state.variables, "optimizer": state.opt_state},
             force=True,
@@ -59,8 +62,15 @@ class Checkpoints:
             custom_metadata=note,
         )
 
+    def wait(self) -> None:
+        """Until the last save is whole; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def load_note(self, step: int | None = None) -> dict[str, Any]:
         """The note of a step (None: the latest)."""
+        self.wait()
         return self._checkpointer.metadata(step).custom_metadata
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
@@ -79,6 +89,7 @@ class Checkpoints:
         return self._load(step, {"model": abstract_variables})["model"]
 
     def _load(self, step, abstract):
+        self.wait()
         if self.latest is None:
             raise InputError(f"{self.folder} holds no checkpoint: run experiments.pretrain first")
         try:
@@ -95,6 +106,7 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
+        self.wait()
         self._checkpointer.close()
 
 

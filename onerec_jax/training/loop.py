@@ -164,7 +164,9 @@ def fit(
         return step >= cfg.steps or (cfg.patience and progress.waited >= cfg.patience)
 
     metrics: dict = {}
-    with _StopSignal() as stop, contextlib.closing(stream(step)) as batches, tracer:
+    with contextlib.ExitStack() as ending, _StopSignal() as stop, tracer:
+        ending.callback(checkpoints.wait)
+        batches = ending.enter_context(contextlib.closing(stream(step)))
         while not finished():
             batch = next(batches)
             targets, flops = work(batch) if work else (0.0, 0.0)

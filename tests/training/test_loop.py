@@ -61,6 +61,9 @@ class Memory:
     def latest(self):
         return max(self.steps, default=None)
 
+    def wait(self):
+        """Nothing is ever under way."""
+
     def save(self, state, *, note, score):
         saved = jax.device_get(state), json.loads(json.dumps(note)), score
         self.steps[int(state.step)] = saved
