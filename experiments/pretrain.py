@@ -59,7 +59,7 @@ from onerec_jax.training.flops import (
     train_flops,
 )
 from onerec_jax.training.loop import Interrupted, LoopConfig, fit
-from onerec_jax.training.memory import step_memory
+from onerec_jax.training.memory import check_fits, step_memory
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
@@ -308,9 +308,21 @@ def train(config: PretrainConfig, run, mesh):
     stream = training_stream(config, run)
     examples = stream.examples
     one = run.builder(examples.user[:1], examples.position[:1])
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit:  # CPUs have none
+        memory = step_memory(
+            config.model,
+            run.spec,
+            one,
+            optimizer,
+            MeshConfig(**mesh.shape),
+            users=config.train.batch_size,
+        )
+        check_fits(memory, limit)
     trainer = Trainer(
         run.model(train=True),
-        make_optimizer(config.optimizer, config.train.steps),
+        optimizer,
         mesh,
         one,
         seed=config.seed,

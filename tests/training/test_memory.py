@@ -1,0 +1,67 @@
+"""Memory before allocation: the state to the byte, activations within reason."""
+
+import flax.linen as nn
+import helpers
+import jax
+import pytest
+
+from onerec_jax.errors import InputError
+from onerec_jax.models.onerec import OneRec
+from onerec_jax.sharding import MeshConfig
+from onerec_jax.training.memory import Memory, check_fits, step_memory, user_activations
+from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+CFG, SPEC = helpers.tiny_config(), helpers.full_spec(codebook_size=8)
+BATCH = helpers.random_batch(CFG, SPEC, 1)
+
+
+def memory(mesh=MeshConfig(), users=8, cfg=CFG, **options):  # noqa: B008 (a frozen value)
+    tx = make_optimizer(OptimizerConfig(), 100)
+    return step_memory(cfg, SPEC, BATCH, tx, mesh, users=users, **options)
+
+
+def test_state_of_one_device():
+    variables = jax.eval_shape(OneRec(CFG, SPEC).init, jax.random.key(0), BATCH)
+    params, router = (
+        sum(x.size for x in jax.tree.leaves(nn.unbox(variables[k]))) for k in ("params", "router")
+    )
+    found = memory()
+    assert found.parameters == 4 * (params + router)
+    assert found.gradients == 4 * params
+    assert found.optimizer == pytest.approx(2 * 4 * params, abs=64)  # and Adam's counters
+    assert found.total == found.state + found.gradients + found.activations
+
+
+def test_what_meshes_and_parts_save():
+    whole = memory()
+    zero = memory(MeshConfig(data=4))
+    assert zero.parameters == whole.parameters
+    assert zero.optimizer < whole.optimizer / 2
+    split = memory(MeshConfig(fsdp=4))
+    assert split.parameters < whole.parameters / 2
+    assert memory(MeshConfig(expert=8)).parameters < whole.parameters
+    for mesh in (MeshConfig(data=4), MeshConfig(fsdp=4), MeshConfig(expert=4)):
+        assert memory(mesh).activations == whole.activations // 4
+    assert memory(accumulate=2).activations == whole.activations // 2
+    assert memory(cfg=helpers.tiny_config(remat=True)).activations < whole.activations
+
+
+def test_activations_are_what_autodiff_keeps():
+    """Of the size of the residuals of the real backward pass, in a model far from a real one."""
+    model, users = OneRec(CFG, SPEC, train=True), 16
+    batch = helpers.random_batch(CFG, SPEC, users)
+    params = helpers.random_variables(model, batch)
+
+    def loss(params):
+        return model.apply(params, batch).sum()
+
+    _, back = jax.vjp(loss, params)
+    kept = sum(x.nbytes for x in jax.tree.leaves(back) if x.shape[:1] in ((users,), (2, users)))
+    assert 0.5 < user_activations(CFG, SPEC) * users / max(kept, 1) < 4
+
+
+def test_a_state_that_does_not_fit():
+    found = Memory(parameters=2 << 30, optimizer=4 << 30, gradients=2 << 30, activations=0)
+    check_fits(found, 8 << 30)
+    with pytest.raises(InputError, match=r"8\.0 GiB a device, 2\.0 GiB more .*--mesh\.fsdp"):
+        check_fits(found, 6 << 30)
