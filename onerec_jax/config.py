@@ -49,6 +49,11 @@ class ModelConfig:
     """Every so many-th block has experts, the others a dense layer."""
     encoder_experts: bool = False
     """Experts in the encoder too, in the same places."""
+    balance: Literal["bias", "auxiliary", "none"] = "bias"
+    """What keeps the load of experts even: a bias that no gradient sees (arXiv 2408.15664, as in
+    OneRec), an auxiliary loss (Switch Transformer, arXiv 2101.03961), or nothing."""
+    auxiliary_weight: float = 1e-2
+    """Of the auxiliary loss."""
     router_bias_rate: float = 1e-3
     """Step u of the loss-free balancing bias (arXiv 2408.15664)."""
 
@@ -95,7 +100,13 @@ class ModelConfig:
         widths = ("author_dim", "feature_dim", "static_dim", "lifelong_queries", "lifelong_blocks")
         widths += ("expert_every", "pathway_dim")
         lengths = ("short_length", "positive_length", "lifelong_length")
-        zeros = ("num_experts", "capacity_factor", "router_bias_rate", "dropout")
+        zeros = (
+            "num_experts",
+            "capacity_factor",
+            "router_bias_rate",
+            "dropout",
+            "auxiliary_weight",
+        )
         require_at_least(self, "model.", **dict.fromkeys(sizes + widths, 1))
         require_at_least(self, "model.", **dict.fromkeys(zeros + lengths, 0))
         if self.d_model % self.num_heads:

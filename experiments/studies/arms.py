@@ -6,14 +6,17 @@ order and, where the arms allow it, the same initial parameters.
 Axes: S seeds, U users.
 """
 
-import concurrent.futures
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pathlib
+import queue
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,52 +45,67 @@ def run_tasks(
     """
     logs.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    context = multiprocessing.get_context("spawn")
-    places = context.Queue()
-    for place in range(parallel):
-        gpu = place % gpus if gpus else None
-        places.put((cores[place::parallel], gpu, -(-parallel // gpus) if gpus else 1))
-    failed, begin = [], time.perf_counter()
-    # A process a task: nothing of one run is left for the next, compiled programs on disk apart.
-    with concurrent.futures.ProcessPoolExecutor(
-        parallel, context, _take_place, (places,), max_tasks_per_child=1
-    ) as pool:
-        waiting = {
-            pool.submit(_logged, function, arguments, logs / f"{name}.log"): name
-            for name, arguments in tasks.items()
-        }
-        for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-            name = waiting[future]
-            if future.exception() is not None:
+    waiting, failed, begin = queue.SimpleQueue(), [], time.perf_counter()
+    for task in tasks.items():
+        waiting.put(task)
+    done = itertools.count(1)
+
+    def work_through(place):
+        """Runs tasks one after the other, each in a process that is new: none leaves anything."""
+        while True:
+            try:
+                name, arguments = waiting.get_nowait()
+            except queue.Empty:
+                return
+            process = multiprocessing.get_context("spawn").Process(
+                target=_run, args=(place, function, arguments, logs / f"{name}.log")
+            )
+            process.start()
+            process.join()
+            if process.exitcode:
                 failed.append(name)
-                say(f"{name} failed: {future.exception()!r}")
             minutes = (time.perf_counter() - begin) / 60
-            say(f"{name}: {done} of {len(tasks)} done after {minutes:.1f} min")
+            outcome = "failed" if process.exitcode else "done"
+            say(f"{name} {outcome}: {next(done)} of {len(tasks)} after {minutes:.1f} min")
+
+    threads = []
+    for number in range(parallel):
+        gpu = number % gpus if gpus else None
+        place = Place(cores[number::parallel], gpu, -(-parallel // gpus) if gpus else 1)
+        threads.append(threading.Thread(target=work_through, args=(place,)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
     if failed:
-        raise RuntimeError(f"{', '.join(failed)} failed: see {logs}")
+        raise RuntimeError(f"{', '.join(sorted(failed))} failed: see {logs}")
 
 
-def _take_place(places) -> None:
-    """Start of a process: its cores and its part of a GPU, before JAX looks for devices."""
-    import atexit
+class Place(NamedTuple):
+    """Where a process runs."""
 
-    place = places.get()
-    atexit.register(places.put, place)
-    cores, gpu, sharing = place
-    if cores:
-        os.sched_setaffinity(0, cores)
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / sharing:.2f}"
+    cores: list[int]
+    gpu: int | None
+    sharing: int
+    """Processes on that GPU."""
 
 
-def _logged(function, arguments, path) -> None:
+def _run(place: Place, function, arguments, log) -> None:
+    """A process: takes its place before JAX looks for devices, then works, printing to a file."""
+    if place.cores:
+        os.sched_setaffinity(0, place.cores)
+    if place.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place.gpu)
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / place.sharing:.2f}"
     with (
-        open(path, "w", buffering=1) as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
+        open(log, "w", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
     ):
-        function(*arguments)
+        try:
+            function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 def paired_over_seeds(

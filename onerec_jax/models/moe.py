@@ -215,6 +215,8 @@ class MoE(nn.Module):
     capacity_factor: float
     dtype: Any
     gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    auxiliary: bool = False
+    """Write the auxiliary loss of load balancing into `router_stats` too."""
 
     @nn.compact
     def __call__(self, x, valid=None, *, dropless=False):
@@ -243,9 +245,26 @@ class MoE(nn.Module):
         )
         if self.is_mutable_collection("router_stats") and not self.is_initializing():
             self.variable("router_stats", "load", jnp.zeros, (e,)).value = load_e
+            if self.auxiliary:
+                value = auxiliary_loss(x_td, valid_t, router, load_e, gate=self.gate)
+                self.variable("router_stats", "auxiliary", jnp.zeros, ()).value = value
             share = self.variable("router_stats", "dropped", jnp.zeros, ())
             share.value = dropped / jnp.maximum(load_e.sum(), 1)
         return y_td.reshape(x.shape)
+
+
+def auxiliary_loss(x_td, valid_t, router_de, load_e, *, gate="sigmoid"):
+    """`E * sum_i f_i P_i`: 1 at an even load (arXiv 2101.03961, eq. 4).
+
+    f_i is the share of the copies that expert i got (no gradient), P_i the mean over tokens of its
+    score, scores of a token summing to one.
+    """
+    logits_te = jnp.einsum("td,de->te", x_td.astype(jnp.float32), router_de)
+    score_te = jax.nn.sigmoid(logits_te) if gate == "sigmoid" else jax.nn.softmax(logits_te)
+    score_te = score_te / score_te.sum(-1, keepdims=True) * valid_t[:, None]
+    mean_e = score_te.sum(0) / jnp.maximum(valid_t.sum(), 1)
+    share_e = jax.lax.stop_gradient(load_e / jnp.maximum(load_e.sum(), 1))
+    return len(load_e) * (share_e * mean_e).sum()
 
 
 def make_experts(cfg: ModelConfig, dtype, *, name: str) -> MoE:
@@ -257,6 +276,7 @@ def make_experts(cfg: ModelConfig, dtype, *, name: str) -> MoE:
         cfg.capacity_factor,
         dtype,
         cfg.gate,
+        cfg.balance == "auxiliary",
         name=name,
     )
 

@@ -40,7 +40,8 @@ def init_state(key, batch: Batch, *, model: OneRec, tx) -> TrainState:
 
 
 def gradients(params, router, batch: Batch, key, *, model: OneRec):
-    """Gradients of the NTP loss, the loss of each level, and the routers' statistics."""
+    """Gradients of the NTP loss (and of the auxiliary loss, if the routers have one), the loss of
+    each level, and the routers' statistics."""
 
     def loss_fn(params):
         logits, updated = model.apply(
@@ -50,7 +51,11 @@ def gradients(params, router, batch: Batch, key, *, model: OneRec):
             rngs={"dropout": key},
         )
         level = mean_over_targets(ntp_loss(logits, batch.target), batch.target_count)
-        return level.sum(), (level, updated.get("router_stats", {}))
+        stats = updated.get("router_stats", {})
+        auxiliary = sum(
+            layer["auxiliary"].sum() for layer in _layers(stats) if "auxiliary" in layer
+        )
+        return level.sum() + model.cfg.auxiliary_weight * auxiliary, (level, stats)
 
     grads, (level, stats) = jax.grad(loss_fn, has_aux=True)(params)
     return grads, level, stats
@@ -110,8 +115,9 @@ def train_step(
     metrics = {"loss": level.sum(), "loss_level": level, "grad_norm": optax.tree.norm(grads)}
     router = state.router
     if stats:
-        router = update_router_bias(router, stats, model.cfg.router_bias_rate)
-        layers = [x for x in jax.tree.leaves(stats, is_leaf=_is_layer) if _is_layer(x)]
+        if model.cfg.balance == "bias":
+            router = update_router_bias(router, stats, model.cfg.router_bias_rate)
+        layers = _layers(stats)
         load = jnp.concatenate([x["load"].reshape(-1, x["load"].shape[-1]) for x in layers])
         metrics |= {
             "load": load / load.sum(-1, keepdims=True),
@@ -122,9 +128,13 @@ def train_step(
     return TrainState(state.step + 1, params, router, opt_state), metrics
 
 
-def _is_layer(node) -> bool:
-    """Whether a node of `router_stats` holds the statistics of one MoE layer (or a stack)."""
-    return isinstance(node, dict) and "load" in node
+def _layers(stats) -> list[dict]:
+    """Statistics of every MoE layer (or stack of them) in `router_stats`."""
+
+    def is_layer(node):
+        return isinstance(node, dict) and "load" in node
+
+    return [node for node in jax.tree.leaves(stats, is_leaf=is_layer) if is_layer(node)]
 
 
 class Trainer:

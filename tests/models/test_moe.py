@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from onerec_jax.models.moe import (
     MoE,
+    auxiliary_loss,
     capacity,
     max_violation,
     plan_dispatch,
@@ -280,3 +281,35 @@ def test_no_valid_token_drops_nothing():
     np.testing.assert_array_equal(y, 0)
     np.testing.assert_array_equal(stats["load"], 0)
     assert stats["dropped"] == 0
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+def test_auxiliary_loss_by_hand(gate):
+    """1 where all is even, more where experts that are liked get the tokens; padding left out."""
+    rng = np.random.default_rng(3)
+    x, router = rng.standard_normal((T, D)), rng.standard_normal((D, E))
+    valid, load = rng.random(T) < 0.7, rng.integers(0, 9, E).astype(np.float32)
+    score = 1 / (1 + np.exp(-x @ router)) if gate == "sigmoid" else np.exp(x @ router)
+    score /= score.sum(1, keepdims=True)
+    expected = E * (load / load.sum() * score[valid].mean(0)).sum()
+    arguments = (jnp.float32(x), jnp.asarray(valid), jnp.float32(router), jnp.asarray(load))
+    actual = auxiliary_loss(*arguments, gate=gate)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    even = auxiliary_loss(*arguments[:3], jnp.ones(E), gate=gate)
+    np.testing.assert_allclose(even, 1.0, rtol=1e-5)
+
+
+def test_auxiliary_loss_moves_the_router_towards_idle_experts():
+    x, valid, _ = inputs()
+    layer = MoE(E, K, F, 0.0, jnp.float32, "sigmoid", True)
+
+    def loss(params):
+        state = {"params": params, "router": {"bias": jnp.asarray(ALL_TO_TWO, jnp.float32)}}
+        _, updated = layer.apply(state, x, valid, mutable=["router_stats"])
+        return updated["router_stats"]["auxiliary"]
+
+    params = variables()["params"]
+    value, grads = helpers.quick_jit(jax.value_and_grad(loss))(params)
+    moved = {**params, "router": params["router"] - 0.1 * grads["router"]}
+    assert helpers.quick_jit(loss)(moved) < value
+    np.testing.assert_array_equal(grads["w_in"], 0)
