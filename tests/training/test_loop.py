@@ -99,7 +99,7 @@ class Job:
         score = self.list[number] if self.list else step / 100
         return {"loss": float(variables["params"]["w"]), "recall@10": 0.5, "score": score}
 
-    def go(self, on_batch=None, validate=None, say=None):
+    def go(self, on_batch=None, validate=None, say=None, **options):
         """Trains; `on_batch(step)` is called as each batch is asked for."""
         checkpoints = self.memory or Checkpoints(self.folder / "checkpoints")
         self.seen = checkpoints.latest or 0
@@ -133,6 +133,7 @@ class Job:
                 seed=7,
                 validate=validate or self.validate,
                 say=say or self.lines.append,
+                **options,
             )
         finally:
             checkpoints.close()
@@ -375,3 +376,14 @@ def test_note_is_json(tmp_path):
     checkpoints.close()
     assert progress["best_step"] == 0
     assert progress["best_score"] == float("-inf")
+
+
+def test_speed_and_a_trace(tmp_path):
+    """Three steps from the sixth on are traced; rows say how fast the device works."""
+    job = Job(tmp_path / "run")
+    job.go(work=lambda batch: (8.0, 1e12), profile=tmp_path / "trace")
+    speed = job.log.read()[-2]["speed"]
+    assert speed["targets_s"] == pytest.approx(2 * speed["users_s"], rel=1e-6)
+    assert speed["tflops"] == pytest.approx(speed["users_s"] / 4 / jax.device_count(), rel=1e-6)
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert any(f"trace of 3 steps in {tmp_path / 'trace'}" in line for line in job.lines)
