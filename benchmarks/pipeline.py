@@ -8,6 +8,7 @@ deliver, and the share of the time is shown that it waits for a batch.
     taskset -c 0,1 python -m benchmarks.pipeline --preset tiny --workers 2 --train 200
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -129,8 +130,8 @@ def assembled(stream: TrainStream, source):
 
 def waiting(stream: TrainStream, spec: FeatureSpec, steps: int) -> dict:
     """Seconds a step, and the share of them that a training loop waits for its batch."""
-    batches = stream()
-    first = next(batches)
+    with contextlib.closing(stream()) as batches:
+        first = next(batches)
     mesh = make_mesh(data=1)
     trainer = Trainer(
         OneRec(stream.builder.cfg, spec, train=True),
@@ -141,6 +142,7 @@ def waiting(stream: TrainStream, spec: FeatureSpec, steps: int) -> dict:
     )
     state = trainer.init(0)
     shapes, begin, waited, timed = set(), 0.0, 0.0, 0
+    batches = stream()
     for step in range(steps):
         start = time.perf_counter()
         batch = next(batches)
@@ -154,6 +156,7 @@ def waiting(stream: TrainStream, spec: FeatureSpec, steps: int) -> dict:
         begin += time.perf_counter() - start
         waited += wait
         timed += 1
+    batches.close()
     return {"step_s": begin / timed, "waiting": waited / begin, "steps": timed}
 
 
@@ -194,9 +197,10 @@ def main(config: BenchmarkConfig) -> None:
             rates[f"one core, from {name}"] = users_a_second(
                 assembled(stream, source), config.batch_size, config.seconds
             )
-        rates[f"{config.workers} workers"] = users_a_second(
-            stream(), config.batch_size, config.seconds
-        )
+        with contextlib.closing(stream()) as batches:
+            rates[f"{config.workers} workers"] = users_a_second(
+                batches, config.batch_size, config.seconds
+            )
         if config.train:
             result["train"] = waiting(stream, spec, config.train)
     table = rich.table.Table(
