@@ -39,8 +39,8 @@ def test_interval_holds_what_seeds_and_users_change():
 
 
 def test_users_without_a_value_are_left_out():
-    a = np.array([[1.0, np.nan, 3.0]])
-    assert paired_over_seeds(a, np.zeros((1, 3)))["difference"] == 2.0
+    a = np.resize([1.0, np.nan, 3.0], (1, 60))
+    assert paired_over_seeds(a, np.zeros((1, 60)))["difference"] == 2.0
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_over_seeds(a, np.zeros((1, 2)))
 
