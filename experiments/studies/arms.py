@@ -7,6 +7,7 @@ Axes: S seeds, U users.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -19,6 +20,35 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from experiments import pretrain
+from experiments.prepare import PrepareConfig, prepare
+from onerec_jax.data.schema import load_dataset
+from onerec_jax.data.world.constants import WorldConfig
+from onerec_jax.run import Run, settings_hash
+from onerec_jax.sharding import make_mesh
+from onerec_jax.tokenizer.semantic_ids import SemanticIds
+
+
+def world_data(world: WorldConfig) -> pathlib.Path:
+    """The folder of a platform's log; simulated if it is not there."""
+    folder = pretrain.RUNS / "data" / f"world-{settings_hash(dataclasses.asdict(world))}"
+    if not folder.exists():
+        print(f"simulating {world.users:,} users")
+        prepare(PrepareConfig(source="world", world=world, out=folder))
+    return folder
+
+
+def trained(config: pretrain.PretrainConfig) -> Run:
+    """A run trained to its end, without the test and the baselines of `experiments.pretrain`."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    dataset = load_dataset(config.data)
+    ids_folder = pretrain.find_semantic_ids(config, dataset, mesh)
+    ids = SemanticIds.load(ids_folder)
+    lifelong_folder = pretrain.find_lifelong(config, dataset, ids)
+    run = pretrain.open_run(config, config.data, ids_folder, lifelong_folder, dataset, ids)
+    pretrain.train(config, run, mesh)
+    return run
 
 
 def run_tasks(

@@ -17,8 +17,7 @@ import rich.console
 import rich.table
 
 from experiments import pretrain
-from experiments.prepare import PrepareConfig, prepare
-from experiments.studies.arms import markdown_table, run_tasks
+from experiments.studies.arms import markdown_table, run_tasks, trained, world_data
 from onerec_jax import cli
 from onerec_jax.config import PRESETS
 from onerec_jax.data.lifelong import LifelongConfig
@@ -27,9 +26,7 @@ from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.world.constants import WorldConfig
 from onerec_jax.errors import require_at_least
 from onerec_jax.files import write_text
-from onerec_jax.run import settings_hash
 from onerec_jax.sharding import make_mesh
-from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.metrics import MetricsLog
 from onerec_jax.training.optimizer import OptimizerConfig
@@ -73,13 +70,7 @@ class StudyConfig:
 
 def run_arm(config: pretrain.PretrainConfig) -> None:
     """Trains one run; what the study reads is its metrics.jsonl."""
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    dataset = load_dataset(config.data)
-    ids_folder = pretrain.find_semantic_ids(config, dataset, mesh)
-    ids = SemanticIds.load(ids_folder)
-    lifelong = pretrain.find_lifelong(config, dataset, ids)
-    run = pretrain.open_run(config, config.data, ids_folder, lifelong, dataset, ids)
-    pretrain.train(config, run, mesh)
+    trained(config)
 
 
 def measured(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -112,10 +103,7 @@ def draw(path: pathlib.Path, found: dict[str, list[dict]]) -> None:
 
 def main(config: StudyConfig) -> None:
     """Data, runs, table, plot."""
-    folder = pretrain.RUNS / "data" / f"world-{settings_hash(dataclasses.asdict(config.world))}"
-    if not folder.exists():
-        print(f"simulating {config.world.users:,} users")
-        prepare(PrepareConfig(source="world", world=config.world, out=folder))
+    folder = world_data(config.world)
     pretrain.find_semantic_ids(config.runs, load_dataset(folder), make_mesh(data=1))
     runs = {
         (arm, seed): dataclasses.replace(

@@ -21,8 +21,13 @@ import rich.table
 
 from experiments import pretrain
 from experiments.evaluate import seen_items
-from experiments.prepare import PrepareConfig, prepare
-from experiments.studies.arms import markdown_table, paired_over_seeds, run_tasks
+from experiments.studies.arms import (
+    markdown_table,
+    paired_over_seeds,
+    run_tasks,
+    trained,
+    world_data,
+)
 from onerec_jax import cli
 from onerec_jax.config import FEATURES, PATHWAYS, PRESETS
 from onerec_jax.data.examples import target_examples
@@ -33,7 +38,7 @@ from onerec_jax.data.world.constants import WorldConfig
 from onerec_jax.data.world.response import World, satisfaction
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.files import write_text
-from onerec_jax.run import Run, settings_hash
+from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.training.loop import LoopConfig
@@ -111,11 +116,7 @@ def find_data(config: StudyConfig) -> pathlib.Path:
     """The folder of the platform's log; simulated if it is not there."""
     if config.data is not None:
         return config.data
-    folder = pretrain.RUNS / "data" / f"world-{settings_hash(dataclasses.asdict(config.world))}"
-    if not folder.exists():
-        print(f"simulating {config.world.users:,} users")
-        prepare(PrepareConfig(source="world", world=config.world, out=folder))
-    return folder
+    return world_data(config.world)
 
 
 def arm_config(config: StudyConfig, arm: str, seed: int) -> pretrain.PretrainConfig:
@@ -132,13 +133,7 @@ def arm_config(config: StudyConfig, arm: str, seed: int) -> pretrain.PretrainCon
 
 def run_arm(config: pretrain.PretrainConfig, list_length: int) -> None:
     """Trains and judges one run; writes `scores.npz` into its folder."""
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    dataset = load_dataset(config.data)
-    ids_folder = pretrain.find_semantic_ids(config, dataset, mesh)
-    ids = SemanticIds.load(ids_folder)
-    lifelong_folder = pretrain.find_lifelong(config, dataset, ids)
-    run = pretrain.open_run(config, config.data, ids_folder, lifelong_folder, dataset, ids)
-    pretrain.train(config, run, mesh)
+    run = trained(config)
     scores = judge(run, list_length, batch_size=config.evaluation.batch_size)
     for name, values in scores.items():
         print(f"{name}: {np.nanmean(values):.4f}")
