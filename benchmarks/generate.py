@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -45,7 +46,7 @@ from onerec_jax.generation.trie import Trie, build_trie
 from onerec_jax.models.moe import max_violation, update_router_bias
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.training.flops import generation_flops
-from onerec_jax.training.profile import peak_flops
+from onerec_jax.training.profile import ONE_BY_ONE, by_part, kernels, peak_flops
 
 Part = Literal["search", "selection", "trie"]
 
@@ -74,6 +75,9 @@ class BenchmarkConfig:
     """Timed batches of a search."""
     calls: int = 50
     """Timed calls of a selection."""
+    profile: pathlib.Path | None = None
+    """Folder for traces of three more searches of each batch size; their parts go to the JSON.
+    Kernels are launched one by one then, so that latencies are longer."""
     out: pathlib.Path = pathlib.Path("runs/benchmarks/generate.json")
     """JSON to write; further results are appended to its list."""
 
@@ -101,18 +105,19 @@ def balance(model, variables, batch, width, steps):
     """Variables with the router's bias moved until searches load the experts evenly, and MaxVio."""
 
     @jax.jit
-    def step(router):
+    def step(variables, batch):
         counting = WithLoads(model)
-        beam_search(counting, {**variables, "router": router}, batch, width=width)
+        beam_search(counting, variables, batch, width=width)
         stats = jax.tree.map(lambda *loads: sum(loads), *counting.loads)
         load = [x for path, x in jax.tree_util.tree_leaves_with_path(stats) if "load" in str(path)]
         worst = jnp.stack([max_violation(x).max() for x in load]).max()
-        return update_router_bias(router, stats, 0.02), worst
+        return update_router_bias(variables["router"], stats, 0.02), worst
 
-    router, worst = variables.get("router", {}), 0.0
-    for _ in range(steps if router else 0):
-        router, worst = step(router)
-    return {**variables, "router": router}, float(worst)
+    worst = 0.0
+    for _ in range(steps if variables.get("router") else 0):
+        router, worst = step(variables, batch)
+        variables = {**variables, "router": router}
+    return variables, float(worst)
 
 
 def random_trie(config: BenchmarkConfig) -> tuple[Trie, dict]:
@@ -163,6 +168,16 @@ def time_search(config, model, variables, users, trie) -> dict:
         waits.append(1e3 * (time.perf_counter() - start))
     seconds = milliseconds(call, calls=max(config.repeats // 4, 2)) / 1e3
     memory = run.memory_analysis()
+    parts = {}
+    if config.profile is not None:
+        folder = config.profile / f"{users}-{trie is not None}"
+        with jax.profiler.trace(str(folder)):
+            jax.block_until_ready([call() for _ in range(3)])
+        longest = kernels(folder, run.as_text(), steps=3)
+        spent = by_part(longest)
+        # What no module is named in is no optimizer here.
+        spent["selection and masks"] = spent.pop("optimizer", 0.0)
+        parts = {"parts_ms": spent, "kernels": [k._asdict() for k in longest[:60]]}
     row = {
         "part": "search",
         "users": users,
@@ -177,6 +192,7 @@ def time_search(config, model, variables, users, trie) -> dict:
         "alive": float(np.isfinite(found.logp).mean()),
         "compile_s": compile_s,
         "temporary_gib": memory.temp_size_in_bytes / 2**30 if memory else None,
+        **parts,
     }
     print(
         f"{users} users, beam {config.width}, {'no ' if trie is None else ''}trie: "
@@ -254,6 +270,8 @@ def time_trie(config, trie: Trie) -> list[dict]:
 
 def main(config: BenchmarkConfig) -> None:
     """Make the model and the trie, measure, print, write."""
+    if config.profile is not None:  # before JAX starts its backend
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_BY_ONE}"
     cfg = config.model
     spec = large_spec(
         items=config.embedded_items,
