@@ -111,7 +111,9 @@ def balance(model, variables, batch, width, steps):
         stats = jax.tree.map(lambda *loads: sum(loads), *counting.loads)
         load = [x for path, x in jax.tree_util.tree_leaves_with_path(stats) if "load" in str(path)]
         worst = jnp.stack([max_violation(x).max() for x in load]).max()
-        return update_router_bias(variables["router"], stats, 0.02), worst
+        router = variables["router"]
+        moved = {part: update_router_bias(router[part], stats[part], 0.02) for part in stats}
+        return {**router, **moved}, worst
 
     worst = 0.0
     for _ in range(steps if variables.get("router") else 0):

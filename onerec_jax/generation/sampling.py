@@ -91,7 +91,7 @@ def sample(
         sampling_logp.append(drawn_from)
         logp.append(jax.vmap(_pick)(jax.nn.log_softmax(logits_brv), code))
         dead = jnp.isneginf(drawn_from)
-        row = jnp.arange(count) if len(node[0]) > 1 else jnp.zeros(count, jnp.int32)
+        row = jnp.arange(count) % node.shape[1]  # the one that all share, or each its own
         parent = jnp.broadcast_to(row, code.shape)
         node = descend(trie, level, exists_brj, node, parent, code, dead)
     return _samples(sid, logp, sampling_logp, node, dead)
@@ -189,10 +189,10 @@ def _gumbel(keys, shape):
 
 
 def _masked(score_brv, legal_brj, dead_br):
-    alive = ~dead_br[..., None]
     if legal_brj is not None:
-        alive &= topk.unpack(legal_brj, score_brv.shape[-1])
-    return jnp.where(alive, score_brv, -jnp.inf)
+        legal_brv = topk.unpack(legal_brj, score_brv.shape[-1])
+        score_brv = jnp.where(legal_brv, score_brv, -jnp.inf)
+    return jnp.where(dead_br[..., None], -jnp.inf, score_brv)
 
 
 def _log_softmax(score):

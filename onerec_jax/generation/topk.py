@@ -68,13 +68,8 @@ def top_k_of_rows(x_bwv, offset_bw, k: int, legal_bwj=None):
     """
     users, width, codes = x_bwv.shape
     if codes % CHUNK or width * codes < WORTHWHILE * k * CHUNK:
-        sum_bwv = offset_bw[..., None] + x_bwv
-        if legal_bwj is not None:
-            sum_bwv = jnp.where(unpack(legal_bwj, codes), sum_bwv, -jnp.inf)
+        sum_bwv = offset_bw[..., None] + _masked(x_bwv, legal_bwj)
         return _top_k(sum_bwv.reshape(users, -1), k)
-
-    def masked(x, words):
-        return x if words is None else jnp.where(unpack(words, CHUNK), x, -jnp.inf)
 
     def pick(x, chunk_bk):
         return jnp.take_along_axis(x, chunk_bk.reshape(*chunk_bk.shape, *(1,) * (x.ndim - 2)), 1)
@@ -85,14 +80,18 @@ def top_k_of_rows(x_bwv, offset_bw, k: int, legal_bwj=None):
     words_bcj = None if legal_bwj is None else legal_bwj.reshape(users, -1, CHUNK // 32)
     # One reduction over what was read. The sum of a maximum is the maximum of the sums: rounding
     # keeps the order.
-    maxima_bc = _one_zero(offset_bc + masked(x_bcv, words_bcj).max(-1))
+    maxima_bc = _one_zero(offset_bc + _masked(x_bcv, words_bcj).max(-1))
 
     def members(chunk_bk):
         words = None if words_bcj is None else pick(words_bcj, chunk_bk)
-        x_bkv = masked(pick(x_bcv, chunk_bk), words)
+        x_bkv = _masked(pick(x_bcv, chunk_bk), words)
         return _one_zero(pick(offset_bc, chunk_bk)[..., None] + x_bkv)
 
     return _by_chunks(maxima_bc, members, k)
+
+
+def _masked(x, words):
+    return x if words is None else jnp.where(unpack(words, x.shape[-1]), x, -jnp.inf)
 
 
 def _one_zero(x):
