@@ -140,8 +140,8 @@ def test_items_of_their_own_instead_of_codes():
     cfg = helpers.tiny_config(history_item="item")
     pathway, spec = batch_of().short, helpers.bare_spec()
     model = InteractionFeatures(cfg, spec, jnp.float32)
-    variables = helpers.random_variables(model, pathway, SID_TABLE)
-    f = helpers.quick_jit(model.apply)(variables, pathway, SID_TABLE)
+    variables = helpers.random_variables(model, {"short": pathway}, SID_TABLE)
+    f = helpers.quick_jit(model.apply)(variables, {"short": pathway}, SID_TABLE)["short"]
     chex.assert_trees_all_equal(f, variables["params"]["item"][pathway.item + 1])
     chex.assert_shape(variables["params"]["item"], (spec.num_items + 1, cfg.d_model))
 
@@ -178,8 +178,8 @@ def test_features_and_mlp_of_one_pathway_in_numpy():
     batch = batch_of()
     pathway = batch.positive
     model = InteractionFeatures(CFG, SPEC, jnp.float32)
-    variables = helpers.random_variables(model, pathway, SID_TABLE)
-    f = helpers.quick_jit(model.apply)(variables, pathway, SID_TABLE)
+    variables = helpers.random_variables(model, {"positive": pathway}, SID_TABLE)
+    f = helpers.quick_jit(model.apply)(variables, {"positive": pathway}, SID_TABLE)["positive"]
     weights = variables["params"]
 
     def known(name, index):
@@ -328,7 +328,7 @@ def test_features_switched_off():
     cfg = helpers.tiny_config(features=())
     model = InteractionFeatures(cfg, SPEC, jnp.float32)
     pathway = batch_of().short
-    variables = model.init(jax.random.key(0), pathway, SID_TABLE)
-    f = model.apply(variables, pathway, SID_TABLE)
+    variables = model.init(jax.random.key(0), {"short": pathway}, SID_TABLE)
+    f = model.apply(variables, {"short": pathway}, SID_TABLE)["short"]
     chex.assert_trees_all_close(f, embed_sid(jnp.asarray(SID_TABLE), pathway.sid, 5, jnp.float32))
     assert not variables
