@@ -37,15 +37,8 @@ def embed_sid(table_vd, sids, codebook_size, dtype):
       table_vd: `[levels * codebook_size, D]`; code c of level l is row `l * codebook_size + c`.
       sids: a tree of int32 `[..., levels]`.
     """
-    leaves, tree = jax.tree.flatten(sids)
-    # A lookup a level and not one of all levels: the gradient of the sum then serves all of them,
-    # and no copies of it are made.
-    rows = lookup(
-        table_vd,
-        [[sid[..., i] + i * codebook_size for i in range(sid.shape[-1])] for sid in leaves],
-        dtype,
-    )
-    return tree.unflatten([sum(levels) for levels in rows])
+    index = jax.tree.map(lambda sid: sid + jnp.arange(sid.shape[-1]) * codebook_size, sids)
+    return jax.tree.map(lambda row: row.sum(-2), lookup(table_vd, index, dtype))
 
 
 class InteractionFeatures(nn.Module):

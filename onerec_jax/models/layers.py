@@ -108,11 +108,7 @@ def _leaky_backward(y, gradient):
 leaky_relu.defvjp(_leaky_forward, _leaky_backward)
 
 # These keep their input for the backward pass, not the steps in between.
-# GELU by its tanh approximation (arXiv 1606.08415), as the sigmoid that it is: 1 + tanh(u) = 2
-# sigmoid(2u), and GPUs have an instruction for exp but not for tanh.
-gelu = jax.checkpoint(
-    lambda x: x * nn.sigmoid((8 / jnp.pi) ** 0.5 * (x + 0.044715 * x * x * x)).astype(x.dtype)
-)
+gelu = jax.checkpoint(nn.gelu)
 swiglu = jax.checkpoint(lambda gate, up: nn.silu(gate) * up)
 
 
@@ -139,9 +135,6 @@ def lookup(table_vd, indices, dtype):
     thousands of times that a popular item occurs in a batch would stop growing after some 256.
     """
     rows_vd = table_vd.astype(dtype)
-    if sum(index.size for index in jax.tree.leaves(indices)) > table_vd.shape[0]:
-        # Cast once: XLA would read float32 rows and cast each as often as it is read.
-        rows_vd = jax.lax.optimization_barrier(rows_vd)
     return jax.tree.map(lambda index: jnp.take(rows_vd, index, axis=0, mode="clip"), indices)
 
 
