@@ -259,19 +259,21 @@ def test_a_lifelong_length_of_zero_switches_the_pathway_off():
     assert cfg.encoder_length == 1 + cfg.short_length + cfg.positive_length
 
 
+@functools.cache
+def initial(cfg):
+    """The encoder's own initial parameters under their paths."""
+    model = Encoder(cfg, CLUSTERED, jnp.float32)
+    init = helpers.quick_jit(model.init)
+    drawn = init(jax.random.key(0), batch_of(CLUSTERED), SID_TABLE)["params"]
+    leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(drawn))[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
 @pytest.mark.parametrize("off", PATHWAYS)
 def test_a_pathway_switched_off_leaves_the_others_as_they_are(off):
     """Its own parameters are gone, all others are there with the same initial values."""
-    batch = batch_of(CLUSTERED)
-
-    def init(cfg):
-        model = Encoder(cfg, CLUSTERED, jnp.float32)
-        drawn = helpers.quick_jit(model.init)(jax.random.key(0), batch, SID_TABLE)["params"]
-        leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(drawn))[0]
-        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-    whole = init(CFG)
-    rest = init(dataclasses.replace(CFG, pathways=[name for name in PATHWAYS if name != off]))
+    whole = initial(CFG)
+    rest = initial(dataclasses.replace(CFG, pathways=[name for name in PATHWAYS if name != off]))
     gone = set(whole) - set(rest)
     assert gone
     assert not set(rest) - set(whole)
@@ -286,7 +288,8 @@ def test_a_pathway_switched_off_is_not_read(off):
     cfg = dataclasses.replace(CFG, pathways=[name for name in PATHWAYS if name != off])
     _, variables = encoder()
     batch = batch_of()
-    z, length = Encoder(cfg, SPEC, jnp.float32).apply(variables, batch, SID_TABLE)
+    apply = helpers.quick_jit(Encoder(cfg, SPEC, jnp.float32).apply)
+    z, length = apply(variables, batch, SID_TABLE)
     if off == "static":
         assert z.shape[1] == CFG.encoder_length - 1
         return
