@@ -30,19 +30,19 @@ from onerec_jax.models.qformer import QFormer
 from onerec_jax.sharding import BATCH, per_device
 
 
-def embed_sid(table_vd, sid, codebook_size, dtype):
-    """Sum of the level-specific embeddings of semantic IDs.
+def embed_sid(table_vd, sids, codebook_size, dtype):
+    """Sums of the level-specific embeddings of semantic IDs, `[..., D]` for each array of them.
 
     Args:
       table_vd: `[levels * codebook_size, D]`; code c of level l is row `l * codebook_size + c`.
-      sid: int32 `[..., levels]`.
+      sids: a tree of int32 `[..., levels]`.
     """
-    offset = jnp.arange(sid.shape[-1]) * codebook_size
-    return lookup(table_vd, sid + offset, dtype).sum(-2)
+    index = jax.tree.map(lambda sid: sid + jnp.arange(sid.shape[-1]) * codebook_size, sids)
+    return jax.tree.map(lambda row: row.sum(-2), lookup(table_vd, index, dtype))
 
 
 class InteractionFeatures(nn.Module):
-    """Concatenated embeddings of one interaction: `[B, T, W]`. One set of tables for all pathways.
+    """Concatenated embeddings of interactions: `[B, T, W]` of each pathway, from the same tables.
 
     Widths as in the report: item D, author 512, the others 128 each.
     """
@@ -52,38 +52,47 @@ class InteractionFeatures(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, pathway: Pathway, sid_table):
+    def __call__(self, pathways: dict[str, Pathway], sid_table) -> dict[str, jax.Array]:
         cfg, spec = self.cfg, self.spec
-        parts = []
+        parts = {name: [] for name in pathways}
 
         def add(name, index, size, width):
-            part = lookup(self.param(name, *embedding(size, width)), index, self.dtype)
-            parts.append(jnp.where((index > 0)[..., None], part, 0))  # 0: unknown
+            """Rows of one table for all pathways in `index`; 0 stands for unknown."""
+            rows = lookup(self.param(name, *embedding(size, width)), index, self.dtype)
+            for pathway, row in rows.items():
+                parts[pathway].append(jnp.where((index[pathway] > 0)[..., None], row, 0))
+
+        def column(name):
+            return {k: getattr(pathway, name) for k, pathway in pathways.items()}
 
         if cfg.history_item == "item":
-            add("item", pathway.item + 1, spec.num_items + 1, cfg.d_model)
+            items = {k: item + 1 for k, item in column("item").items()}
+            add("item", items, spec.num_items + 1, cfg.d_model)
         else:
-            parts.append(embed_sid(sid_table, pathway.sid, spec.codebook_size, self.dtype))
+            sids = embed_sid(sid_table, column("sid"), spec.codebook_size, self.dtype)
+            for name, row in sids.items():
+                parts[name].append(row)
         if spec.num_authors and "author" in cfg.features:
-            add("author", pathway.author, spec.num_authors + 1, cfg.author_dim)
+            add("author", column("author"), spec.num_authors + 1, cfg.author_dim)
         if spec.tags and "tag" in cfg.features:
-            add("tag", pathway.tags, len(spec.tags) + 1, cfg.feature_dim)
-            count = jnp.maximum((pathway.tags > 0).sum(-1, keepdims=True), 1)
-            parts[-1] = parts[-1].sum(-2) / count.astype(self.dtype)
+            add("tag", column("tags"), len(spec.tags) + 1, cfg.feature_dim)
+            for name, pathway in pathways.items():
+                count = jnp.maximum((pathway.tags > 0).sum(-1, keepdims=True), 1)
+                parts[name][-1] = parts[name][-1].sum(-2) / count.astype(self.dtype)
         for name, has in (
             ("age", spec.has_time),
             ("playtime", spec.has_playtime),
             ("duration", spec.has_duration),
-            ("count", pathway.count is not None),  # of the lifelong pathway only
+            ("count", True),  # of the lifelong pathway only
         ):
-            if has and name in cfg.features:
-                add(name, getattr(pathway, name), TIME_BUCKETS, cfg.feature_dim)
+            index = {k: x for k, x in column(name).items() if x is not None}
+            if has and index and name in cfg.features:
+                add(name, index, TIME_BUCKETS, cfg.feature_dim)
         if spec.labels and "label" in cfg.features:
-            bits = pathway.label.astype(self.dtype)
-            parts.append(
-                dense(cfg.feature_dim, axes=(None, None), dtype=self.dtype, name="label")(bits)
-            )
-        return jnp.concatenate(parts, axis=-1)
+            label = dense(cfg.feature_dim, axes=(None, None), dtype=self.dtype, name="label")
+            for name, bits in column("label").items():
+                parts[name].append(label(bits.astype(self.dtype)))
+        return {name: jnp.concatenate(found, axis=-1) for name, found in parts.items()}
 
 
 class StaticFeatures(nn.Module):
@@ -256,7 +265,12 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, sid_table, *, train=False):
         cfg, spec, dtype = self.cfg, self.spec, self.dtype
-        features = InteractionFeatures(cfg, spec, dtype, name="features")
+        histories = {
+            name: getattr(batch, name)
+            for name in ("short", "positive", "lifelong")
+            if getattr(batch, name).item.shape[1] and cfg.slots(name)
+        }
+        features = InteractionFeatures(cfg, spec, dtype, name="features")(histories, sid_table)
         tokens, valid = [], []
 
         # A module of its own for every parameter: what is drawn for one depends on its name alone.
@@ -268,21 +282,14 @@ class Encoder(nn.Module):
             f = StaticFeatures(cfg.static_dim, spec, dtype, name="static_features")(batch.static)
             h = PathwayMLP(cfg.pathway_dim, cfg.d_model, dtype, name="static")(f)
             add("static", h[:, None], jnp.ones(len(f), jnp.int32), 1)
-        for name in ("short", "positive"):
-            pathway = getattr(batch, name)
-            if pathway.item.shape[1] and cfg.slots(name):
-                h = PathwayMLP(cfg.pathway_dim, cfg.d_model, dtype, name=name)(
-                    features(pathway, sid_table)
-                )
+        for name, pathway in histories.items():
+            h = PathwayMLP(cfg.pathway_dim, cfg.d_model, dtype, name=name)(features[name])
+            if name == "lifelong":
+                h = LifelongQFormer(cfg, dtype, name="qformer")(h, pathway.length)
+                queries = jnp.where(pathway.length > 0, cfg.lifelong_queries, 0)
+                add(name, h, queries, cfg.lifelong_queries)
+            else:
                 add(name, h, pathway.length, cfg.slots(name))
-        lifelong = batch.lifelong
-        if lifelong.item.shape[1] and cfg.slots("lifelong"):
-            h = PathwayMLP(cfg.pathway_dim, cfg.d_model, dtype, name="lifelong")(
-                features(lifelong, sid_table)
-            )
-            h = LifelongQFormer(cfg, dtype, name="qformer")(h, lifelong.length)
-            queries = jnp.where(lifelong.length > 0, cfg.lifelong_queries, 0)
-            add("lifelong", h, queries, cfg.lifelong_queries)
 
         z = jnp.concatenate(tokens, axis=1)
         z = nn.Dropout(cfg.dropout, deterministic=not train)(z)

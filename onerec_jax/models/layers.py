@@ -123,31 +123,38 @@ def embedding(size, width, *, axes=("vocabulary", "embed")):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def lookup(table_vd, index, dtype):
-    """Rows of an embedding table: float32 `[V, D]`, int `[...]` in range -> `[..., D]` in `dtype`.
+def lookup(table_vd, indices, dtype):
+    """Rows of an embedding table: `[V, D]` at int `[...]` in range -> `[..., D]` in `dtype`.
+
+    Args:
+      table_vd: float32.
+      indices: an array or a tree of them. What reads one table in many places should ask once:
+        the gradient is as large as the table, and is then made once and not added up.
 
     The gradient is summed in float32 whatever the type of the rows: in bfloat16 the sum over the
     thousands of times that a popular item occurs in a batch would stop growing after some 256.
     """
-    return jnp.take(table_vd.astype(dtype), index, axis=0, mode="clip")
+    rows_vd = table_vd.astype(dtype)
+    return jax.tree.map(lambda index: jnp.take(rows_vd, index, axis=0, mode="clip"), indices)
 
 
-def _lookup_forward(table_vd, index, dtype):
-    return lookup(table_vd, index, dtype), (index, table_vd.shape)
+def _lookup_forward(table_vd, indices, dtype):
+    return lookup(table_vd, indices, dtype), (indices, table_vd.shape)
 
 
 def _lookup_backward(dtype, kept, rows):
-    index, shape = kept
+    indices, shape = kept
 
-    def here(index, rows):
-        rows = rows.reshape(-1, shape[1]).astype(jnp.float32)
+    def here(indices, rows):
         gradient = jnp.zeros(shape, jnp.float32)
-        gradient = gradient.at[index.reshape(-1)].add(rows, mode="promise_in_bounds")
+        for index, row in zip(jax.tree.leaves(indices), jax.tree.leaves(rows), strict=True):
+            row = row.reshape(-1, shape[1]).astype(jnp.float32)
+            gradient = gradient.at[index.reshape(-1)].add(row, mode="promise_in_bounds")
         return jax.lax.psum(gradient, USER_AXES) if sharded() else gradient
 
     # Device by device, for the rows of a batch are many more than those of a table: left to
     # itself, XLA sends them around to where the table's columns are updated.
-    return per_device(here, (BATCH, BATCH), P())(index, rows), None
+    return per_device(here, (BATCH, BATCH), P())(indices, rows), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

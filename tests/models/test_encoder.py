@@ -140,8 +140,8 @@ def test_items_of_their_own_instead_of_codes():
     cfg = helpers.tiny_config(history_item="item")
     pathway, spec = batch_of().short, helpers.bare_spec()
     model = InteractionFeatures(cfg, spec, jnp.float32)
-    variables = helpers.random_variables(model, pathway, SID_TABLE)
-    f = helpers.quick_jit(model.apply)(variables, pathway, SID_TABLE)
+    variables = helpers.random_variables(model, {"short": pathway}, SID_TABLE)
+    f = helpers.quick_jit(model.apply)(variables, {"short": pathway}, SID_TABLE)["short"]
     chex.assert_trees_all_equal(f, variables["params"]["item"][pathway.item + 1])
     chex.assert_shape(variables["params"]["item"], (spec.num_items + 1, cfg.d_model))
 
@@ -178,8 +178,8 @@ def test_features_and_mlp_of_one_pathway_in_numpy():
     batch = batch_of()
     pathway = batch.positive
     model = InteractionFeatures(CFG, SPEC, jnp.float32)
-    variables = helpers.random_variables(model, pathway, SID_TABLE)
-    f = helpers.quick_jit(model.apply)(variables, pathway, SID_TABLE)
+    variables = helpers.random_variables(model, {"positive": pathway}, SID_TABLE)
+    f = helpers.quick_jit(model.apply)(variables, {"positive": pathway}, SID_TABLE)["positive"]
     weights = variables["params"]
 
     def known(name, index):
@@ -259,19 +259,21 @@ def test_a_lifelong_length_of_zero_switches_the_pathway_off():
     assert cfg.encoder_length == 1 + cfg.short_length + cfg.positive_length
 
 
+@functools.cache
+def initial(cfg):
+    """The encoder's own initial parameters under their paths."""
+    model = Encoder(cfg, CLUSTERED, jnp.float32)
+    init = helpers.quick_jit(model.init)
+    drawn = init(jax.random.key(0), batch_of(CLUSTERED), SID_TABLE)["params"]
+    leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(drawn))[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
 @pytest.mark.parametrize("off", PATHWAYS)
 def test_a_pathway_switched_off_leaves_the_others_as_they_are(off):
     """Its own parameters are gone, all others are there with the same initial values."""
-    batch = batch_of(CLUSTERED)
-
-    def init(cfg):
-        model = Encoder(cfg, CLUSTERED, jnp.float32)
-        drawn = helpers.quick_jit(model.init)(jax.random.key(0), batch, SID_TABLE)["params"]
-        leaves = jax.tree_util.tree_flatten_with_path(nn.unbox(drawn))[0]
-        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-    whole = init(CFG)
-    rest = init(dataclasses.replace(CFG, pathways=[name for name in PATHWAYS if name != off]))
+    whole = initial(CFG)
+    rest = initial(dataclasses.replace(CFG, pathways=[name for name in PATHWAYS if name != off]))
     gone = set(whole) - set(rest)
     assert gone
     assert not set(rest) - set(whole)
@@ -286,7 +288,8 @@ def test_a_pathway_switched_off_is_not_read(off):
     cfg = dataclasses.replace(CFG, pathways=[name for name in PATHWAYS if name != off])
     _, variables = encoder()
     batch = batch_of()
-    z, length = Encoder(cfg, SPEC, jnp.float32).apply(variables, batch, SID_TABLE)
+    apply = helpers.quick_jit(Encoder(cfg, SPEC, jnp.float32).apply)
+    z, length = apply(variables, batch, SID_TABLE)
     if off == "static":
         assert z.shape[1] == CFG.encoder_length - 1
         return
@@ -328,7 +331,7 @@ def test_features_switched_off():
     cfg = helpers.tiny_config(features=())
     model = InteractionFeatures(cfg, SPEC, jnp.float32)
     pathway = batch_of().short
-    variables = model.init(jax.random.key(0), pathway, SID_TABLE)
-    f = model.apply(variables, pathway, SID_TABLE)
+    variables = model.init(jax.random.key(0), {"short": pathway}, SID_TABLE)
+    f = model.apply(variables, {"short": pathway}, SID_TABLE)["short"]
     chex.assert_trees_all_close(f, embed_sid(jnp.asarray(SID_TABLE), pathway.sid, 5, jnp.float32))
     assert not variables
