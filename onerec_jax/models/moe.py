@@ -70,8 +70,10 @@ def sort_copies(index_tk, valid_tk, num_experts):
     expert_n = jnp.where(valid_tk, index_tk, num_experts).reshape(-1).astype(jnp.int32)
     copy_n = jnp.arange(index_tk.size, dtype=jnp.int32)
     sorted_n, order_n = jax.lax.sort_key_val(expert_n, copy_n)
-    start_e = jnp.searchsorted(sorted_n, jnp.arange(num_experts + 1, dtype=jnp.int32))
-    return sorted_n, order_n, start_e.astype(jnp.int32)
+    # Counted, for a binary search is a loop of small kernels on a GPU.
+    expert_e = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    start_e = (expert_n < expert_e[:, None]).sum(1, dtype=jnp.int32)
+    return sorted_n, order_n, start_e
 
 
 def plan_dispatch(index_tk, valid_tk, num_experts, rows) -> Plan:
@@ -223,12 +225,13 @@ def dropless_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows):
         first = start_e[expert] + rows + (i - end_e[expert] + blocks_e[expert]) * BLOCK
         place_c = first + jnp.arange(BLOCK, dtype=jnp.int32)
         copy_c = order_n[jnp.minimum(place_c, len(order_n) - 1)]
-        token_c = jnp.where(place_c < start_e[expert + 1], copy_c // top_k, tokens)
+        # Rows of none fall beyond the tokens, all in different places: no two meet.
+        token_c = jnp.where(place_c < start_e[expert + 1], copy_c // top_k, tokens + place_c)
         w_in, w_out = (jax.lax.dynamic_slice_in_dim(w, expert, 1) for w in (w_in_edgf, w_out_efd))
         x_cd = jnp.take(x_td, token_c, axis=0, mode="clip")
         y_cd = run_experts(x_cd[None], w_in, w_out)[0]
         gate_c = gate_tk.reshape(-1)[copy_c].astype(y_cd.dtype)
-        return y_td.at[token_c].add(y_cd * gate_c[:, None], mode="drop")
+        return y_td.at[token_c].add(y_cd * gate_c[:, None], mode="drop", unique_indices=True)
 
     return jax.lax.fori_loop(0, end_e[-1], block, y_td)
 
