@@ -325,9 +325,8 @@ def main(config: BenchmarkConfig) -> None:
         )
         result["parameters"] = sum(x.size for x in jax.tree.leaves(variables["params"]))
         result |= {"max_violation": worst, "blocks_over": blocks}
-        print(
-            f"{config.preset}: {result['parameters'] / 1e9:.3f} B, MaxVio {worst:.2f}, {blocks} blocks over"
-        )
+        size = f"{result['parameters'] / 1e9:.3f} B"
+        print(f"{config.preset}: {size}, MaxVio {worst:.2f}, {blocks} blocks over", flush=True)
         for users, masked in dict.fromkeys(sizes):
             chosen = trie if masked else None
             result["rows"].append(time_search(config, model, variables, users, chosen))
