@@ -174,8 +174,7 @@ def run_experts(x_ecd, w_in_edgf, w_out_efd):
 
 
 FREE_ROWS = 128
-"""Rows of an expert that cost a GPU no more time than to read its weights for one of them (an H100
-multiplies at 580 TFLOP/s what it reads at 3 TB/s: 190 rows; an H200 fewer)."""
+"""Rows of an expert that a GPU multiplies while it reads the weights (580 TFLOP/s, 3 to 5 TB/s)."""
 COMMON_LOAD = 1.25
 """Load of an expert, as a multiple of the mean, that takes no further steps."""
 BLOCK = 512
@@ -197,13 +196,11 @@ def dropless_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows):
     when all are done. A copy's result is the same in either up to rounding.
 
     Counted for 32 users x 512 beams, 2 of 24 experts, D 1024, F 2816, of which 0.57 TFLOP are
-    useful: together 41,088 rows and 0.71 TFLOP; 9 GFLOP a further block, and 58 of them (0.51
-    TFLOP) if all tokens choose the same two experts. As many rows as there are tokens for each
-    expert would be 6.8 TFLOP and 4.4 GB of hidden rows. Blocks of sorted rows alone, with a copy of
-    the weights for each (88 of 512 rows), would write and read 1.5 GB of weights whatever the load;
-    `lax.ragged_dot` runs every expert on every row on a GPU.
-
-    The gradient is that of as many rows as tokens: right, and as dear as it sounds.
+    useful: 0.71 together, 9 GFLOP a further block, 58 of them (0.51 TFLOP) if all tokens choose the
+    same two experts. Rows for all tokens in every expert would be 6.8 TFLOP and 4.4 GB; sorted
+    blocks alone, each with a copy of its weights, 1.5 GB written and read whatever the load;
+    `lax.ragged_dot` runs every expert on every row on a GPU. The gradient is that of rows for all
+    tokens: right, and as dear as it sounds.
 
     Args:
       x_td, gate_tk, w_in_edgf, w_out_efd: as `expert_ffn`.
