@@ -42,6 +42,7 @@ def test_report_holds_what_is_promised(trained, world):
         assert result["ndcg@10"] <= result["recall@10"]
     for name in ("legality_unmasked", "coverage"):
         assert 0 < report["test"][name] <= 1
+    assert sorted(report["test"]["prefixes"]) == report["test"]["prefixes"]  # longer: more
     assert {"prepare", "tokenize", "train", "test"} <= set(report["seconds"])
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     assert {"jax", "flax", "optax", "grain"} <= set(report["versions"])
