@@ -20,8 +20,29 @@ try:
 except ImportError as error:
     raise InputError('the server needs more packages: pip install "onerec-jax[serve]"') from error
 
+
+def _one_of(choose, **types):
+    """A union in which the value itself says which type it must be: one error, not one a type.
+
+    The tags hold a blank, by which errors leave them out.
+    """
+    union = None
+    for tag, kind in types.items():
+        tagged = Annotated[kind, Tag(f"as {tag}")]
+        union = tagged if union is None else union | tagged
+    return Annotated[union, Discriminator(lambda value: f"as {choose(value)}")]
+
+
+def where(location) -> str:
+    """The place of an error in a request."""
+    return ".".join(str(part) for part in location if " " not in str(part))[:200]
+
+
 Text = Annotated[str, StringConstraints(strict=True, max_length=200)]
-Id = Annotated[StrictInt | Text, Field(description="As in the data set; a number or its text.")]
+Id = Annotated[
+    _one_of(lambda value: "number" if type(value) is int else "text", number=StrictInt, text=Text),
+    Field(description="As in the data set; a number or its text."),
+]
 Time = Annotated[StrictInt, Field(ge=0, lt=2**53, description="Unix time in seconds.")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Seconds = Annotated[Number, Field(ge=0, lt=2**31)]
@@ -126,16 +147,16 @@ def request_models(config: ServiceConfig):
         "include_seen": (StrictBool, False),
         "request_time_s": (Time | None, None),
     }
+    entry = _one_of(
+        lambda x: "action" if isinstance(x, dict | Action) else "id", action=Action, id=Id
+    )
     strict = ConfigDict(extra="forbid")
     by_user = create_model("ByUser", __config__=strict, user_id=(Id, ...), **options)
     by_history = create_model(
-        "ByHistory", __config__=strict, history=(Annotated[list[Id | Action], many], ...), **options
+        "ByHistory", __config__=strict, history=(Annotated[list[entry], many], ...), **options
     )
 
-    def which(body) -> str:
+    def kind(body):
         return "history" if isinstance(body, dict) and "history" in body else "user"
 
-    return Annotated[
-        Annotated[by_user, Tag("user")] | Annotated[by_history, Tag("history")],
-        Discriminator(which),
-    ]
+    return _one_of(kind, user=by_user, history=by_history)

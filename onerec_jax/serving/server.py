@@ -145,8 +145,7 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return refusal(422, f"{where[:200]}: {first['msg']}")
+        return refusal(422, f"{schemas.where(first['loc'])}: {first['msg']}")
 
     @app.exception_handler(InputError)
     async def wrong(request, error):

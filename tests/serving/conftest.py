@@ -19,6 +19,7 @@ from onerec_jax.data.schema import Dataset, load_dataset, save_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.inputs import PositiveRule
 from onerec_jax.run import Run
+from onerec_jax.serving.catalogue import publish
 from onerec_jax.serving.config import HttpConfig, ServiceConfig
 from onerec_jax.serving.recommender import Recommender
 from onerec_jax.serving.server import Server
@@ -82,6 +83,24 @@ def make_run(folder: pathlib.Path) -> pathlib.Path:
     )
     save_checkpoint(run, 3, seed=0)
     return folder / "run"
+
+
+def grow(folder, run, *, codebooks=None):
+    """The data set with three items and an author more, and semantic IDs for it."""
+    items = run.dataset.table("items")
+    new = items.tail(3).with_columns(pl.col("item_id") + 100, author_id=pl.lit("Aaron"))
+    grown = dataclasses.replace(run.dataset, items=pl.concat([items, new]))
+    save_dataset(grown, folder / "data")
+    dataset = load_dataset(folder / "data")
+    sids = np.concatenate([run.ids.sids, (run.ids.sids[:3] + 1) % 5])
+    manifest = run.ids.manifest | {"dataset_fingerprint": dataset.fingerprint}
+    books = run.ids.codebooks if codebooks is None else codebooks
+    SemanticIds(sids, books, manifest).save(folder / "ids")
+    return folder / "data", folder / "ids"
+
+
+def publish_grown(run_folder, folder) -> None:
+    publish(run_folder, *grow(folder, Run.open(run_folder)))
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,20 @@
 """One model over one catalogue: checked questions, features, lists."""
 
-import dataclasses
 import json
 import shutil
 
 import conftest
 import jax
 import numpy as np
-import polars as pl
 import pytest
 
 from onerec_jax.data.batches import BatchBuilder, log_from_histories
 from onerec_jax.data.examples import Examples
-from onerec_jax.data.schema import FEEDBACK, load_dataset, save_dataset
+from onerec_jax.data.schema import FEEDBACK
 from onerec_jax.errors import InputError
 from onerec_jax.run import Run
 from onerec_jax.serving.catalogue import UnknownId, open_for_serving, publish
 from onerec_jax.serving.recommender import Recommender
-from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 WIDTH = 12
 
@@ -261,23 +258,9 @@ def test_weights_that_are_not_finite(copied):
 # --------------------------------------------------------------------------- a newer catalogue
 
 
-def grow(folder, run, *, codebooks=None):
-    """The data set with three items and an author more, and semantic IDs for it."""
-    items = run.dataset.table("items")
-    new = items.tail(3).with_columns(pl.col("item_id") + 100, author_id=pl.lit("Aaron"))
-    grown = dataclasses.replace(run.dataset, items=pl.concat([items, new]))
-    save_dataset(grown, folder / "data")
-    dataset = load_dataset(folder / "data")
-    sids = np.concatenate([run.ids.sids, (run.ids.sids[:3] + 1) % 5])
-    manifest = run.ids.manifest | {"dataset_fingerprint": dataset.fingerprint}
-    books = run.ids.codebooks if codebooks is None else codebooks
-    SemanticIds(sids, books, manifest).save(folder / "ids")
-    return folder / "data", folder / "ids"
-
-
 def test_a_grown_catalogue_is_served(copied, tmp_path, recommender):
     old = Run.open(copied)
-    data, ids = grow(tmp_path / "grown", old)
+    data, ids = conftest.grow(tmp_path / "grown", old)
     publish(copied, data, ids)
     grown = Recommender.load(copied)
     assert grown.run.dataset.num_items == conftest.ITEMS + 3
@@ -294,10 +277,10 @@ def test_a_grown_catalogue_is_served(copied, tmp_path, recommender):
 
 def test_catalogues_that_do_not_fit(copied, tmp_path):
     run = Run.open(copied)
-    data, ids = grow(tmp_path / "a", run, codebooks=run.ids.codebooks + 1)
+    data, ids = conftest.grow(tmp_path / "a", run, codebooks=run.ids.codebooks + 1)
     with pytest.raises(InputError, match="has other codebooks"):
         publish(copied, data, ids)
-    data, ids = grow(tmp_path / "b", run)
+    data, ids = conftest.grow(tmp_path / "b", run)
     with pytest.raises(InputError, match="no semantic IDs of the items"):
         publish(copied, run.config["data"]["folder"], ids)
     publish(copied, data, ids)
