@@ -39,6 +39,11 @@ except ImportError as error:
     raise InputError('the server needs more packages: pip install "onerec-jax[serve]"') from error
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+}
+"""The page loads nothing and talks to no one else."""
 LONG = 256
 """Actions from which a history is checked in another thread than the one that reads sockets."""
 log = logging.getLogger("onerec_jax.serving")
@@ -169,7 +174,7 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page():
-        return PAGE.read_text(encoding="utf-8")
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     @app.get("/healthz", response_model=schemas.Status)
     async def health():
