@@ -80,7 +80,8 @@ def browser(tmp_path_factory):
     redirected = f'exec "$@" 3<&{read_commands} 4>&{write_answers}'
     process = subprocess.Popen(
         [
-            "bash", "-c", redirected, "bash", CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "bash", "-c", redirected, "bash",
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             "--no-first-run", "--remote-debugging-pipe", "--window-size=390,844",
             f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
         ],
