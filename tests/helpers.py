@@ -6,8 +6,10 @@ import pathlib
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import polars as pl
+from flax import struct
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.examples import Examples
@@ -146,6 +148,90 @@ def random_ids(num_items, *, levels=3, codebook_size=5, seed=0) -> SemanticIds:
     sids = rng.integers(0, codebook_size, (num_items, levels)).astype(np.int32)
     codebooks = rng.standard_normal((levels, codebook_size, 2)).astype(np.float32)
     return SemanticIds(sids, codebooks, {"dataset": "toy"})
+
+
+class ToyModel:
+    """Logits of a prefix by one line, to test searches over many codes without an encoder.
+
+    The batch is a vector of each user, float32 `[B, D]`; a beam's state is `tanh(state + code)`.
+    """
+
+    def __init__(self, levels, codebook_size, width=6, seed=0):
+        self.spec = bare_spec(levels=levels, codebook_size=codebook_size)
+        rng = np.random.default_rng(seed)
+        self.codes = rng.standard_normal((levels, codebook_size, width)).astype(np.float32)
+        self.heads = rng.standard_normal((levels, width, codebook_size)).astype(np.float32)
+        self.users = functools.partial(self._users, rng, width)
+
+    @staticmethod
+    def _users(rng, width, users):
+        return rng.standard_normal((users, width)).astype(np.float32)
+
+    def apply(self, variables, *args, method):
+        return getattr(self, method)(*args)
+
+    def start(self, batch):
+        return ToyCross(jnp.zeros(len(batch)), batch), ToyCache(batch[:, None])
+
+    def decode_step(self, code, cross, cache, level):
+        state = cache.state
+        if level:
+            state = jnp.tanh(state + jnp.asarray(self.codes)[level - 1, code])
+        return state @ self.heads[level], ToyCache(state)
+
+    def continuations(self, batch, prefixes):
+        """log P of every next code: int `[B, n, l]` -> float64 `[B, n, V]`."""
+        state = np.repeat(np.float64(batch)[:, None], prefixes.shape[1], axis=1)
+        for level in range(prefixes.shape[2]):
+            state = np.tanh(state + self.codes[level][prefixes[..., level]])
+        logits = state @ np.float64(self.heads[prefixes.shape[2]])
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    def logp(self, batch, sids):
+        """log P of every code of IDs, int `[B, n, levels]` -> float64 `[B, n, levels]`."""
+        found = [
+            np.take_along_axis(
+                self.continuations(batch, sids[..., :level]), sids[..., level, None], axis=-1
+            )
+            for level in range(sids.shape[2])
+        ]
+        return np.concatenate(found, axis=-1)
+
+    def plain_search(self, batch, width, legal):
+        """Beam search in plain Python: `[(ID, score), …]` of each user, best first.
+
+        Args:
+          legal: for each user a set of IDs, or None for all.
+        """
+        results = []
+        for user, allowed in zip(batch, legal, strict=True):
+            beams = [((), 0.0)]
+            for level in range(self.spec.levels):
+                found = []
+                for prefix, score in beams:
+                    known = np.array(prefix, int).reshape(1, 1, level)
+                    logp = self.continuations(user[None], known)[0, 0]
+                    found += [((*prefix, c), score + float(p)) for c, p in enumerate(logp)]
+                if allowed is not None:
+                    prefixes = {sid[: level + 1] for sid in allowed}
+                    found = [beam for beam in found if beam[0] in prefixes]
+                beams = sorted(found, key=lambda beam: -beam[1])[:width]
+            results.append(beams)
+        return results
+
+
+@struct.dataclass
+class ToyCross:
+    length: jax.Array
+    user: jax.Array
+
+
+@struct.dataclass
+class ToyCache:
+    state: jax.Array
+
+    def take(self, parent):
+        return ToyCache(jnp.take_along_axis(self.state, parent[..., None], axis=1))
 
 
 def full_dataset(seed=0, users=7, items=12, split="leave-one-out") -> Dataset:

@@ -1,15 +1,24 @@
 """Beam search over semantic IDs, with or without the trie of existing ones.
 
-Every shape is static and the three levels unroll, so one `jit` holds the search. The user is
-encoded once; beams share its keys and values (OneRec Technical Report, section 5: Pass@K).
+Every shape is static and the levels unroll, so one `jit` holds the search. The user is encoded once
+and beams share its keys and values (OneRec Technical Report, section 5: Pass@K); the first level
+has one row a user, for all beams begin alike.
 
-Axes: B users, W beams, C candidates a beam, V codes.
+The search is exact: of all continuations of all beams of a level, the best `width` go on. Logits
+are read twice, for their logsumexp and for the maxima of chunks (`onerec_jax.generation.topk`);
+scores of continuations are never written.
+
+Axes: B users, W beams, V codes, J words of a mask.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from onerec_jax.errors import InputError
+from onerec_jax.generation.filters import Filter
+from onerec_jax.generation.topk import top_k_of_rows
 from onerec_jax.generation.trie import Trie
 
 
@@ -22,52 +31,72 @@ class Beams:
     leaf: jax.Array  # int32 [B, W], leaf of the trie; -1 if dead or searched without a trie
 
 
-def beam_search(model, variables, batch, *, width: int, trie: Trie | None = None) -> Beams:
+def beam_search(
+    model,
+    variables,
+    batch,
+    *,
+    width: int,
+    trie: Trie | None = None,
+    filter: Filter | None = None,
+) -> Beams:
     """The `width` most probable semantic IDs of every user.
 
     Log-probabilities are never renormalised over the trie: it removes IDs that do not exist and
-    leaves the others as likely as the model says. A level with fewer candidates than `width` keeps
-    them all; what is missing at the end is dead (-inf). Equal scores keep the order of their
-    parents, then of their codes.
+    leaves the others as likely as the model says. Nor is `logp` the probability that a search finds
+    the ID: beams are chosen, not drawn (for that see `onerec_jax.generation.sampling`).
+
+    A level with fewer candidates than `width` keeps them all; what is missing at the end is dead
+    (-inf). Equal scores keep the order of their parents, then of their codes.
 
     Args:
       model: a `OneRec` with `train=False`: dropless experts, so a user's beams do not depend on who
         else is in the batch.
       variables: its `params` and `router`.
       batch: `Batch` of B users; `target` is not read.
+      width: any, beyond the number of codes too.
       trie: legal prefixes, or None to search all codes.
+      filter: of the same trie: what of it each user may be given.
+
+    Raises:
+      InputError: a filter without a trie.
     """
+    if filter is not None and trie is None:
+        raise InputError("filters mask nodes of a trie: search with trie=")
     spec = model.spec
-    users = batch.short.length.shape[0]
-    cross, cache = model.apply(variables, batch, 1, method="start")
+    cross, cache = model.apply(variables, batch, method="start")
+    users, codes = len(cross.length), spec.codebook_size
     score = jnp.zeros((users, 1))
     code = node = jnp.zeros((users, 1), jnp.int32)
     sid = jnp.zeros((users, 1, 0), jnp.int32)
     for level in range(spec.levels):
-        logits, cache = model.apply(variables, code, cross, cache, level, method="decode_step")
-        logp_bwv = jax.nn.log_softmax(logits)
-        if trie is None:
-            child_bwc, code_bwc = None, None
-            score_bwc = score[..., None] + logp_bwv
-        else:
-            child_bwc, code_bwc, exists = trie.children(node, level)
-            gathered = jnp.take_along_axis(logp_bwv, code_bwc, axis=-1)
-            score_bwc = jnp.where(exists, score[..., None] + gathered, -jnp.inf)
-        candidates = score_bwc.shape[-1]
-        flat = score_bwc.reshape(users, -1)
-        score, index = jax.lax.top_k(flat, min(width, flat.shape[1]))
-        parent = index // candidates
-        if trie is None:
-            code = index % candidates
-        else:
-            code = jnp.take_along_axis(code_bwc.reshape(users, -1), index, axis=1)
-            node = jnp.take_along_axis(child_bwc.reshape(users, -1), index, axis=1)
+        logits_bwv, cache = model.apply(variables, code, cross, cache, level, method="decode_step")
+        exists_bwj = legal_bwj = None
+        if trie is not None:
+            exists_bwj = legal_bwj = trie.following(node, level)
+        if filter is not None:
+            legal_bwj = filter.legal(exists_bwj, node, level)
+        score, index = top_k_of_rows(
+            logits_bwv,
+            score - jax.nn.logsumexp(logits_bwv, axis=-1),
+            min(width, logits_bwv.shape[1] * codes),
+            legal_bwj,
+        )
+        parent, code = index // codes, index % codes
+        if trie is not None:
+            node = trie.child(
+                jnp.take_along_axis(node, parent, axis=1),
+                level,
+                jnp.take_along_axis(exists_bwj, parent[..., None], axis=1),
+                code,
+            )
+            node = jnp.where(jnp.isneginf(score), -1, node)
         sid = jnp.take_along_axis(sid, parent[..., None], axis=1)
         sid = jnp.concatenate([sid, code[..., None]], axis=-1)
         cache = cache.take(parent)
 
     dead = jnp.isneginf(score)
-    leaf = jnp.where(dead, -1, node) if trie is not None else jnp.full_like(code, -1)
+    leaf = node if trie is not None else jnp.full_like(code, -1)
     sid = jnp.where(dead[..., None], -1, sid)
     missing = ((0, 0), (0, width - score.shape[1]))
     return Beams(
@@ -75,3 +104,13 @@ def beam_search(model, variables, batch, *, width: int, trie: Trie | None = None
         logp=jnp.pad(score, missing, constant_values=-jnp.inf),
         leaf=jnp.pad(leaf, missing, constant_values=-1),
     )
+
+
+def refuse_nan(beams: Beams) -> None:
+    """Raises InputError if the model gave some user NaN; for beams that are on the host."""
+    broken = np.flatnonzero(np.isnan(beams.logp).any(1))
+    if len(broken):
+        raise InputError(
+            f"the model's log-probabilities of {len(broken)} of {len(beams.logp)} users are NaN: "
+            "its parameters have diverged; take an earlier checkpoint"
+        )

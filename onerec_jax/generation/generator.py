@@ -5,6 +5,7 @@ Axes: B users of a batch, U users in all, W beams, n places of a list.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -13,10 +14,11 @@ from onerec_jax.data.batches import BatchBuilder, padded_batches
 from onerec_jax.data.examples import Examples
 from onerec_jax.distributed import fetch, local_share
 from onerec_jax.evaluation.ranking import rank_of_target_in_list
-from onerec_jax.generation.beam import beam_search
+from onerec_jax.generation.beam import Beams, beam_search, refuse_nan
+from onerec_jax.generation.filters import Filter, FilterBuilder
 from onerec_jax.generation.trie import Trie, build_trie
 from onerec_jax.losses.ntp import ntp_loss
-from onerec_jax.models.onerec import OneRec
+from onerec_jax.models.onerec import OneRec, resolve_dtype
 from onerec_jax.sharding import on_mesh, put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
@@ -57,6 +59,21 @@ def drop_seen(lists, seen, n) -> np.ndarray:
     return out
 
 
+def compute_copy(model: OneRec, variables):
+    """The same variables with weights in the type that products read; results stay bit for bit.
+
+    Searching with master weights, every level of every search first casts all of them: on a GPU
+    that is three times the bytes of reading the copy. Router and norms stay in float32.
+    """
+    dtype = resolve_dtype(model.cfg.compute_dtype)
+
+    def cast(path, leaf):
+        wide = {"router", "scale"} & {key.key for key in path[-1:]}
+        return leaf if wide else leaf.astype(dtype)
+
+    return {**variables, "params": jax.tree_util.tree_map_with_path(cast, variables["params"])}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generated:
     """What the model generated for U users and where their targets stand in it."""
@@ -67,7 +84,7 @@ class Generated:
 
 
 class Generator:
-    """Compiled generation and loss of one model over one table of semantic IDs."""
+    """Compiled generation and loss of one model over one table of semantic IDs at a time."""
 
     def __init__(
         self,
@@ -81,19 +98,68 @@ class Generator:
     ):
         """`model.train` must be False; `tie_order` ranks items of equal score."""
         assert not model.train, "generation runs dropless and without dropout"
-        self.ids, self.mesh, self.model = ids, mesh, model
-        devices = mesh.devices.size
-        self.batch_size = -(-batch_size // devices) * devices
-        self.trie: Trie = build_trie(ids.leaf_sids)
-        self.offsets, self.items = ids.items_by_leaf(tie_order)
-        self.search = jax.jit(
-            on_mesh(functools.partial(beam_search, model, width=beam_width), mesh)
+        self.mesh, self.model, self.beam_width = mesh, model, beam_width
+        self.batch_size = self._divisible(batch_size)
+        self.use(ids, tie_order)
+        self._search = jax.jit(
+            on_mesh(functools.partial(beam_search, model), mesh), static_argnames="width"
         )
 
         def loss(variables, batch):
             return ntp_loss(model.apply(variables, batch), batch.target)[:, 0]
 
         self._loss = jax.jit(on_mesh(loss, mesh))
+
+    def _divisible(self, users: int) -> int:
+        devices = self.mesh.devices.size
+        return -(-users // devices) * devices
+
+    def use(self, ids: SemanticIds, tie_order: np.ndarray) -> None:
+        """Takes another catalogue from now on; see `onerec_jax.generation.trie` for when that
+        compiles anew."""
+        self.ids = ids
+        self.trie: Trie = build_trie(ids.leaf_sids, ids.codebook_size)
+        self.filters = FilterBuilder(self.trie, ids.leaf_of_item)
+        self.offsets, self.items = ids.items_by_leaf(tie_order)
+
+    def search(
+        self,
+        variables,
+        batch,
+        *,
+        trie: Trie | None = None,
+        filter: Filter | None = None,
+        width: int | None = None,
+    ) -> Beams:
+        """`beam_search`, compiled once for each number of users, width and size of the filter.
+
+        Args:
+          variables: as trained, or from `compute_copy`.
+          trie: `self.trie`, or None to search all codes.
+          filter: from `self.filters`.
+          width: `beam_width` if None.
+        """
+        return self._search(
+            variables, batch, width=width or self.beam_width, trie=trie, filter=filter
+        )
+
+    def warm_up(self, variables, batch, *, users, widths=None, filters=()) -> None:
+        """Compiles, and runs once, the searches that a service will need, before it takes requests.
+
+        Args:
+          batch: NumPy `Batch` of one user or more, whose slots are those of the service's batches.
+          users: numbers of users of a batch, each rounded up to a multiple of the devices.
+          widths: of beams; `beam_width` if None.
+          filters: sizes X of filters that may come, beside none at all.
+        """
+        for count in map(self._divisible, users):
+            rows = np.arange(count) % len(batch.static)
+            tiled = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+            placed = put_batch(local_share(tiled), self.mesh)
+            nothing = [None, *(self.filters([()] * count, size=size) for size in filters)]
+            for width, filter in itertools.product(widths or [self.beam_width], nothing):
+                found = self.search(variables, placed, trie=self.trie, filter=filter, width=width)
+                jax.block_until_ready(found)
 
     def _batches(self, builder: BatchBuilder, examples: Examples):
         for batch, real in padded_batches(builder, examples, self.batch_size):
@@ -104,6 +170,7 @@ class Generator:
         trie = self.trie if masked else None
         for batch, real in self._batches(builder, examples):
             found = fetch(self.search(variables, batch, trie=trie))
+            refuse_nan(found)
             yield jax.tree.map(lambda x, real=real: x[:real], found)
 
     def rank(self, variables, builder, examples, *, n=10, seen=None) -> Generated:

@@ -30,18 +30,34 @@ class CrossCache:
 
 @struct.dataclass
 class BeamCache:
-    """Keys and values of the codes decoded so far, one copy a beam."""
+    """Keys and values of the codes decoded so far, position by position.
 
-    k: jax.Array  # [groups, blocks, B, W, S, H, K]
-    v: jax.Array  # likewise
+    A position has a copy for every beam, or one for all: that of BOS, of which all beams are made.
+    """
+
+    k: tuple[jax.Array, ...] = ()  # each [groups, blocks, B, W or 1, H, K]
+    v: tuple[jax.Array, ...] = ()  # likewise
 
     def take(self, parent_bw):
         """The caches of the beams that survive: `parent_bw` int32 `[B, W']`."""
 
         def gather(x):
-            return jnp.take_along_axis(x, parent_bw[None, None, :, :, None, None, None], axis=3)
+            if x.shape[3] == 1:
+                return x
+            return jnp.take_along_axis(x, parent_bw[None, None, :, :, None, None], axis=3)
 
         return jax.tree.map(gather, self)
+
+
+def attend_positions(q_bwhk, keys, values):
+    """Attention of every beam to a few positions, each `[B, W or 1, H, K]`, in float32.
+
+    Sums of products, for as matrix products they would be of one row and three columns.
+    """
+    q_bwhk = q_bwhk.astype(jnp.float32) * q_bwhk.shape[-1] ** -0.5
+    score = jnp.stack([(q_bwhk * k.astype(jnp.float32)).sum(-1) for k in keys])
+    weight = jax.nn.softmax(score, axis=0)[..., None]
+    return sum(w * v.astype(jnp.float32) for w, v in zip(weight, values, strict=True))
 
 
 class DecoderBlock(nn.Module):
@@ -97,24 +113,16 @@ class DecoderBlock(nn.Module):
         x_bsd = x_bsd + self.drop(self.feed_forward(x_bsd))
         return x_bsd.reshape(b, m, s, d)
 
-    def step(self, x_bwd, caches, context):
-        """Position t of every beam: `x [B, W, D]`, context = (t, encoder length `[B]`)."""
-        (cross_k, cross_v), (k_bwshk, v_bwshk) = caches
-        t, length_b = context
+    def step(self, x_bwd, caches, length_b):
+        """The next position of every beam, `x [B, W, D]`; returns its keys and values too."""
+        (cross_k, cross_v), (keys, values) = caches
         maps = self.self_attention
         x = self.norm_self(x_bwd)
-        k_bwshk = k_bwshk.at[:, :, t].set(maps.k(x))
-        v_bwshk = v_bwshk.at[:, :, t].set(maps.v(x))
-        b, w, s = k_bwshk.shape[:3]
-        y = attention(
-            maps.q(x).reshape(b * w, 1, *k_bwshk.shape[3:]),
-            k_bwshk.reshape(b * w, s, *k_bwshk.shape[3:]),
-            v_bwshk.reshape(b * w, s, *k_bwshk.shape[3:]),
-            key_length_b=jnp.full(b * w, t + 1, jnp.int32),
-        )
-        x_bwd = x_bwd + maps.o(y.reshape(b, w, *k_bwshk.shape[3:]))
+        k_bwhk, v_bwhk = maps.k(x), maps.v(x)
+        y = attend_positions(maps.q(x), (*keys, k_bwhk), (*values, v_bwhk))
+        x_bwd = x_bwd + maps.o(y.astype(self.dtype))
         x_bwd = x_bwd + self.cross(x_bwd, cross_k, cross_v, length_b)
-        return x_bwd + self.feed_forward(x_bwd), (k_bwshk, v_bwshk)
+        return x_bwd + self.feed_forward(x_bwd), (k_bwhk, v_bwhk)
 
 
 class DecoderGroup(nn.Module):
@@ -144,11 +152,11 @@ class DecoderGroup(nn.Module):
         pairs = [block.cross_kv(z_btd) for block in self.blocks]
         return z_btd, tuple(jnp.stack(x) for x in zip(*pairs, strict=True))
 
-    def step(self, x_bwd, caches, context):
+    def step(self, x_bwd, caches, length_b):
         """As `DecoderBlock.step`; every cache has a leading axis of blocks."""
         new = []
         for i, block in enumerate(self.blocks):
-            x_bwd, cache = block.step(x_bwd, jax.tree.map(lambda x, i=i: x[i], caches), context)
+            x_bwd, cache = block.step(x_bwd, jax.tree.map(lambda x, i=i: x[i], caches), length_b)
             new.append(cache)
         return x_bwd, jax.tree.map(lambda *x: jnp.stack(x), *new)
 
@@ -186,15 +194,8 @@ class Decoder(nn.Module):
         _, (k, v) = self.layers.cross_kv(z_btd, None, length_b)
         return CrossCache(k, v, length_b)
 
-    def empty_cache(self, users: int, beams: int, positions: int) -> BeamCache:
-        cfg = self.cfg
-        groups = cfg.decoder_layers // cfg.expert_every
-        shape = (groups, cfg.expert_every, users, beams, positions, cfg.num_heads, cfg.head_dim)
-        return BeamCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-
-    def step(self, x_bwd, cross: CrossCache, cache: BeamCache, t: int):
-        """Decodes position t of every beam: `[B, W, D]` -> hidden `[B, W, D]` and the new cache."""
-        x, (k, v) = self.layers.step(
-            x_bwd, ((cross.k, cross.v), (cache.k, cache.v)), (t, cross.length)
-        )
-        return x, BeamCache(k, v)
+    def step(self, x_bwd, cross: CrossCache, cache: BeamCache):
+        """The next position of every beam: `[B, W, D]` -> hidden `[B, W, D]`, the longer cache."""
+        caches = (cross.k, cross.v), (cache.k, cache.v)
+        x, (k, v) = self.layers.step(x_bwd, caches, cross.length)
+        return x, BeamCache((*cache.k, k), (*cache.v, v))

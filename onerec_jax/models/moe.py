@@ -7,6 +7,7 @@ and never how much they count. Experts are SwiGLU (OneRec Technical Report, sect
 Axes: T tokens, D model width, E experts, K experts a token, C rows an expert takes, F hidden width.
 """
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -63,6 +64,16 @@ class Plan(NamedTuple):
     copy_s: jax.Array  # int32 [E * C], copy in each row; N: the row is empty
 
 
+def sort_copies(index_tk, valid_tk, num_experts):
+    """Copies by expert, earlier tokens first: experts int32 `[N]` (`num_experts` for invalid
+    copies), copies int32 `[N]`, and where each expert's begin, int32 `[E + 1]`."""
+    expert_n = jnp.where(valid_tk, index_tk, num_experts).reshape(-1).astype(jnp.int32)
+    copy_n = jnp.arange(index_tk.size, dtype=jnp.int32)
+    sorted_n, order_n = jax.lax.sort_key_val(expert_n, copy_n)
+    start_e = jnp.searchsorted(sorted_n, jnp.arange(num_experts + 1, dtype=jnp.int32))
+    return sorted_n, order_n, start_e.astype(jnp.int32)
+
+
 def plan_dispatch(index_tk, valid_tk, num_experts, rows) -> Plan:
     """Earlier tokens go first; copies beyond an expert's C rows and invalid ones are left out.
 
@@ -72,10 +83,7 @@ def plan_dispatch(index_tk, valid_tk, num_experts, rows) -> Plan:
       rows: C.
     """
     n, none = index_tk.size, num_experts * rows
-    expert_n = jnp.where(valid_tk, index_tk, num_experts).reshape(-1).astype(jnp.int32)
-    sorted_n, order_n = jax.lax.sort_key_val(expert_n, jnp.arange(n, dtype=jnp.int32))
-    start_e = jnp.searchsorted(sorted_n, jnp.arange(num_experts + 1, dtype=jnp.int32))
-    start_e = start_e.astype(jnp.int32)
+    sorted_n, order_n, start_e = sort_copies(index_tk, valid_tk, num_experts)
     rank_n = jnp.arange(n, dtype=jnp.int32) - start_e[sorted_n]
     fits_n = (sorted_n < num_experts) & (rank_n < rows)
     slot_n = jnp.where(fits_n, sorted_n * rows + rank_n, none)
@@ -149,13 +157,93 @@ def expert_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, plan: Plan):
     Returns:
       `[T, D]` in the type of `x_td`; a dropped copy adds nothing.
     """
-    e, d, _, f = w_in_edgf.shape
-    x_ecd = gather_rows(x_td, plan).reshape(e, -1, d)
-    # One product for both, and slices of its rows: two products read the tokens twice.
-    h_ecf = jnp.einsum("ecd,edf->ecf", x_ecd, w_in_edgf.reshape(e, d, 2 * f).astype(x_td.dtype))
-    gate_ecf, up_ecf = jnp.split(h_ecf, 2, axis=-1)
-    y_ecd = jnp.einsum("ecf,efd->ecd", swiglu(gate_ecf, up_ecf), w_out_efd.astype(x_td.dtype))
+    e, d = len(w_in_edgf), x_td.shape[1]
+    y_ecd = run_experts(gather_rows(x_td, plan).reshape(e, -1, d), w_in_edgf, w_out_efd)
     return combine_rows(y_ecd.reshape(-1, d), gate_tk, plan)
+
+
+def run_experts(x_ecd, w_in_edgf, w_out_efd):
+    """Every expert on its own rows, `[E, C, D] -> [E, C, D]`."""
+    e, d, _, f = w_in_edgf.shape
+    # One product for both, and slices of its rows: two products read the tokens twice.
+    h_ecf = jnp.einsum("ecd,edf->ecf", x_ecd, w_in_edgf.reshape(e, d, 2 * f).astype(x_ecd.dtype))
+    gate_ecf, up_ecf = jnp.split(h_ecf, 2, axis=-1)
+    return jnp.einsum("ecf,efd->ecd", swiglu(gate_ecf, up_ecf), w_out_efd.astype(x_ecd.dtype))
+
+
+FREE_ROWS = 256
+"""Rows of an expert that cost a GPU no more time than to read its weights for one of them."""
+COMMON_LOAD = 1.25
+"""Load of an expert, as a multiple of the mean, that takes no further steps."""
+BLOCK = 512
+"""Rows of one further step."""
+
+
+def dropless_rows(num_tokens, num_experts, top_k) -> int:
+    """Rows C of each expert that `dropless_ffn` runs together."""
+    rows = capacity(num_tokens, num_experts, top_k, COMMON_LOAD)
+    return min(num_tokens, max(rows, FREE_ROWS))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def dropless_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows):
+    """`expert_ffn` without a limit: for inference, whatever the load of an expert.
+
+    The first `rows` copies of each expert run as one batched product. What is over, nothing as
+    long as the load is nearly even, follows block by block, one expert each, in a loop that ends
+    when all are done. A copy's result is the same in either up to rounding.
+
+    Counted for 32 users x 512 beams, 2 of 24 experts, D 1024, F 2816, of which 0.57 TFLOP are
+    useful: together 41,088 rows and 0.71 TFLOP; 9 GFLOP a further block, and 58 of them (0.51
+    TFLOP) if all tokens choose the same two experts. As many rows as there are tokens for each
+    expert would be 6.8 TFLOP and 4.4 GB of hidden rows. Blocks of sorted rows alone, with a copy of
+    the weights for each (88 of 512 rows), would write and read 1.5 GB of weights whatever the load;
+    `lax.ragged_dot` runs every expert on every row on a GPU.
+
+    The gradient is that of as many rows as tokens: right, and as dear as it sounds.
+
+    Args:
+      x_td, gate_tk, w_in_edgf, w_out_efd: as `expert_ffn`.
+      index_tk: int32, experts of each token, counted from the first of `w_in_edgf`.
+      mine_tk: bool, copies whose expert is among them.
+      rows: C, from `dropless_rows`.
+    """
+    (tokens, top_k), experts = index_tk.shape, len(w_in_edgf)
+    plan = plan_dispatch(index_tk, mine_tk, experts, rows)
+    y_td = expert_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, plan)
+    if rows >= tokens:
+        return y_td
+    _, order_n, start_e = sort_copies(index_tk, mine_tk, experts)
+    over_e = jnp.maximum(jnp.diff(start_e) - rows, 0)
+    blocks_e = -(-over_e // BLOCK)
+    end_e = jnp.cumsum(blocks_e)
+
+    def block(i, y_td):
+        expert = (end_e <= i).sum()
+        first = start_e[expert] + rows + (i - end_e[expert] + blocks_e[expert]) * BLOCK
+        place_c = first + jnp.arange(BLOCK, dtype=jnp.int32)
+        copy_c = order_n[jnp.minimum(place_c, len(order_n) - 1)]
+        token_c = jnp.where(place_c < start_e[expert + 1], copy_c // top_k, tokens)
+        w_in, w_out = (jax.lax.dynamic_slice_in_dim(w, expert, 1) for w in (w_in_edgf, w_out_efd))
+        x_cd = jnp.take(x_td, token_c, axis=0, mode="clip")
+        y_cd = run_experts(x_cd[None], w_in, w_out)[0]
+        gate_c = gate_tk.reshape(-1)[copy_c].astype(y_cd.dtype)
+        return y_td.at[token_c].add(y_cd * gate_c[:, None], mode="drop")
+
+    return jax.lax.fori_loop(0, end_e[-1], block, y_td)
+
+
+def _dropless_forward(*args):
+    return dropless_ffn(*args), args[:-1]
+
+
+def _dropless_backward(_, kept, gradient_td):
+    *values, index_tk, mine_tk = kept
+    plan = plan_dispatch(index_tk, mine_tk, len(values[2]), len(index_tk))
+    return (*jax.vjp(lambda *v: expert_ffn(*v, plan), *values)[1](gradient_td), None, None)
+
+
+dropless_ffn.defvjp(_dropless_forward, _dropless_backward)
 
 
 def routed_experts(
@@ -166,6 +254,9 @@ def routed_experts(
     There each device routes the tokens of its users. Devices along `expert` share their tokens,
     each runs its own experts on all of them, and the sums go back to the devices that asked; along
     `tensor` each device has a part of every expert's hidden width.
+
+    Args:
+      capacity_factor: as `capacity`; None: dropless by `dropless_ffn`, for inference.
 
     Returns:
       `[T, D]` in the type of `x_td`; load float32 `[E]` and copies dropped, float32 `[]`, both over
@@ -180,13 +271,18 @@ def routed_experts(
         index_tk, gate_tk = route(x_td, router_de, bias_e, top_k=top_k, gate=gate)
         load_e = (jax.nn.one_hot(index_tk, num_experts).sum(1) * valid_t[:, None]).sum(0)
         local = len(w_in_edgf)
-        rows = capacity(len(x_td), num_experts, top_k, capacity_factor)
         if mesh:
             index_tk = index_tk - jax.lax.axis_index("expert") * local
         mine_tk = valid_t[:, None] & (index_tk >= 0) & (index_tk < local)
-        plan = plan_dispatch(index_tk, mine_tk, local, rows)
-        y_td = expert_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, plan)
-        dropped = (mine_tk.sum() - (plan.slot_tk < local * rows).sum()).astype(jnp.float32)
+        if capacity_factor is None:
+            rows = dropless_rows(len(x_td), num_experts, top_k)
+            y_td = dropless_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows)
+            dropped = jnp.zeros(())
+        else:
+            rows = capacity(len(x_td), num_experts, top_k, capacity_factor)
+            plan = plan_dispatch(index_tk, mine_tk, local, rows)
+            y_td = expert_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, plan)
+            dropped = (mine_tk.sum() - (plan.slot_tk < local * rows).sum()).astype(jnp.float32)
         if mesh:
             y_td = jax.lax.psum(y_td, "tensor")
             y_td = jax.lax.psum_scatter(y_td, "expert", tiled=True)
@@ -240,7 +336,7 @@ class MoE(nn.Module):
             w_in,
             w_out,
             top_k=self.experts_per_token,
-            capacity_factor=0 if dropless else self.capacity_factor,
+            capacity_factor=None if dropless else self.capacity_factor,
             gate=self.gate,
         )
         if self.is_mutable_collection("router_stats") and not self.is_initializing():

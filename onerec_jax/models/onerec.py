@@ -78,11 +78,9 @@ class OneRec(nn.Module):
         h = self.decoder(jnp.stack(inputs, axis=2), z, length)
         return jnp.stack([self.level_logits(h[:, :, i], i) for i in range(levels)], axis=2)
 
-    def start(self, batch: Batch, beams: int) -> tuple[CrossCache, BeamCache]:
+    def start(self, batch: Batch) -> tuple[CrossCache, BeamCache]:
         """Encodes users once and returns the caches that `decode_step` needs."""
-        cross = self.decoder.cross_cache(*self.encode(batch))
-        cache = self.decoder.empty_cache(batch.short.length.shape[0], beams, self.spec.levels)
-        return cross, cache
+        return self.decoder.cross_cache(*self.encode(batch)), BeamCache()
 
     def decode_step(self, code, cross: CrossCache, cache: BeamCache, level: int):
         """Logits of one level for every beam.
@@ -99,5 +97,5 @@ class OneRec(nn.Module):
             x = jnp.broadcast_to(self.bos.astype(self.dtype), (*code.shape, self.cfg.d_model))
         else:
             x = self.embed_code(code, level - 1)
-        h, cache = self.decoder.step(x, cross, cache, level)
+        h, cache = self.decoder.step(x, cross, cache)
         return self.level_logits(h, level), cache

@@ -1,4 +1,4 @@
-"""Beam search against brute force over all V^3 semantic IDs."""
+"""Beam search against brute force over all semantic IDs, and against plain Python."""
 
 import functools
 import itertools
@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from onerec_jax.generation.beam import beam_search
+from onerec_jax.errors import InputError
+from onerec_jax.generation.beam import beam_search, refuse_nan
 from onerec_jax.generation.trie import build_trie
 from onerec_jax.models.onerec import OneRec
 
@@ -19,7 +20,7 @@ SPEC = helpers.bare_spec(codebook_size=V, num_items=ITEMS)
 MODEL = OneRec(CFG, SPEC)
 BATCH = helpers.random_batch(CFG, SPEC, USERS)
 IDS = helpers.random_ids(ITEMS, codebook_size=V)
-TRIE = build_trie(IDS.leaf_sids)
+TRIE = build_trie(IDS.leaf_sids, V)
 ALL = np.array(list(itertools.product(range(V), repeat=3)), np.int32)
 
 
@@ -112,6 +113,69 @@ def test_a_narrow_beam_keeps_the_best_prefixes(masked):
     np.testing.assert_allclose(found.logp, logp, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("levels", "codes", "widths"),
+    [
+        (3, 6, (1, 2, 3, 5, 6, 7, 36, 40, 220)),
+        (4, 5, (1, 4, 8, 30, 130)),
+        (2, 64, (1, 20, 64, 300)),
+    ],
+)
+def test_every_width_is_plain_beam_search(levels, codes, widths, masked):
+    model = helpers.ToyModel(levels, codes)
+    batch = model.users(2)
+    ids = helpers.random_ids(2 * codes**2, levels=levels, codebook_size=codes).leaf_sids
+    legal = {tuple(sid) for sid in ids.tolist()} if masked else None
+    trie = build_trie(ids, codes) if masked else None
+    for width in widths:
+        run = helpers.quick_jit(functools.partial(beam_search, model, width=width))
+        found = jax.device_get(run(None, batch, trie=trie))
+        chex.assert_shape(found.sid, (2, width, levels))
+        for user, expected in enumerate(model.plain_search(batch, width, [legal] * 2)):
+            alive = len(expected)
+            scores = [score for _, score in expected]
+            assert np.diff(np.sort(scores)).min(initial=1) > 2e-6  # no matter of rounding
+            assert list(map(tuple, found.sid[user, :alive].tolist())) == [s for s, _ in expected]
+            np.testing.assert_allclose(found.logp[user, :alive], scores, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(found.logp[user, alive:], -np.inf)
+            if masked:
+                place = {tuple(sid): leaf for leaf, sid in enumerate(ids.tolist())}
+                leaves = [place[sid] for sid, _ in expected]
+                np.testing.assert_array_equal(found.leaf[user, :alive], leaves)
+                np.testing.assert_array_equal(found.leaf[user, alive:], -1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_thousand_beams_over_large_codebooks(masked):
+    """The production sizes: rows cut into chunks twice, wide nodes, and 2,048 beams."""
+    model = helpers.ToyModel(3, 1024, seed=1)
+    batch = model.users(1)
+    rng = np.random.default_rng(0)
+    sids = np.unique(rng.integers(0, 1024, (300_000, 3)), axis=0).astype(np.int32)
+    trie = build_trie(sids, 1024) if masked else None
+    run = jax.jit(functools.partial(beam_search, model, width=2048))
+    found = jax.device_get(run(None, batch, trie=trie))
+    assert (np.diff(found.logp) <= 0).all()
+    assert len(np.unique(found.sid[0], axis=0)) == 2048
+    exact = model.logp(batch, found.sid).sum(-1)
+    np.testing.assert_allclose(found.logp, exact, rtol=1e-4, atol=1e-4)
+    # The same search by sorting everything, in float64.
+    prefix, logp = np.zeros((1, 0), np.int64), np.zeros(1)
+    for level in range(3):
+        every = np.repeat(prefix, 1024, axis=0)
+        every = np.concatenate([every, np.tile(np.arange(1024), len(prefix))[:, None]], axis=1)
+        scores = (logp[:, None] + model.continuations(batch, prefix[None])[0]).reshape(-1)
+        if masked:
+            known = np.unique(sids[:, : level + 1] @ 1024 ** np.arange(level, -1, -1))
+            key = every @ 1024 ** np.arange(level, -1, -1)
+            place = np.minimum(np.searchsorted(known, key), len(known) - 1)
+            scores[known[place] != key] = -np.inf
+        best = np.argsort(-scores, kind="stable")[:2048]
+        prefix, logp = every[best], scores[best]
+    np.testing.assert_allclose(found.logp[0], logp, rtol=1e-4, atol=1e-4)
+
+
 def test_no_beam_beats_the_exact_answer_and_beams_are_distinct():
     """A narrow beam may miss the best ID, so more width is not always monotone; but it is bounded:
 
@@ -135,6 +199,23 @@ def test_the_target_is_not_read_and_users_are_independent():
     chex.assert_trees_all_equal(found.sid[0], search(3, True).sid[0])
     chex.assert_trees_all_close(found.logp[0], search(3, True).logp[0], atol=1e-6)
     assert (found.logp[1] != search(3, True).logp[1]).any()
+
+
+def test_batching_changes_no_result():
+    run = helpers.quick_jit(functools.partial(beam_search, MODEL, width=3))
+    for user in range(USERS):
+        one = jax.tree.map(lambda x, user=user: x[user, None], BATCH)
+        alone = jax.device_get(run(variables(), one, trie=TRIE))
+        chex.assert_trees_all_equal(alone.sid[0], search(3, True).sid[user])
+        chex.assert_trees_all_close(alone.logp[0], search(3, True).logp[user], atol=1e-5)
+
+
+def test_nan_parameters_are_refused():
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), variables())
+    run = helpers.quick_jit(functools.partial(beam_search, MODEL, width=3))
+    with pytest.raises(InputError, match="2 of 2 users are NaN"):
+        refuse_nan(jax.device_get(run(broken, BATCH, trie=TRIE)))
+    refuse_nan(search(3, True))
 
 
 def test_one_trace_per_shape():

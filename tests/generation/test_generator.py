@@ -4,6 +4,7 @@ import functools
 import types
 
 import helpers
+import jax
 import numpy as np
 import pytest
 
@@ -12,9 +13,14 @@ from onerec_jax.data.examples import Examples
 from onerec_jax.data.features import ItemFeatures
 from onerec_jax.evaluation.ranking import NOT_RANKED, tie_order
 from onerec_jax.generation.beam import Beams
-from onerec_jax.generation.generator import Generator, drop_seen, expand_leaves
+from onerec_jax.generation.generator import (
+    Generator,
+    compute_copy,
+    drop_seen,
+    expand_leaves,
+)
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.sharding import make_mesh
+from onerec_jax.sharding import make_mesh, put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 
@@ -171,3 +177,49 @@ def test_a_model_in_training_mode_is_refused():
         Generator(
             OneRec(cfg, spec, train=True), IDS, TIES, make_mesh(1), beam_width=2, batch_size=1
         )
+
+
+def test_searches_of_every_bucket_are_compiled_before_the_first_request():
+    builder, generator = builder_and_generator()
+    batch = builder(EXAMPLES.user, EXAMPLES.position)
+    variables = helpers.random_variables(generator.model, batch)
+    generator.warm_up(variables, batch, users=(1,), widths=(3,), filters=(64,))
+    compiled = generator._search._cache_size()
+    two = jax.tree.map(lambda x: x[:2], batch)
+    filter = generator.filters([[1], []])
+    placed = put_batch(two, generator.mesh)
+    found = generator.search(variables, placed, trie=generator.trie, filter=filter, width=3)
+    generator.search(variables, placed, trie=generator.trie, width=3)
+    assert generator._search._cache_size() == compiled
+    leaf = np.asarray(found.leaf)
+    assert sorted(leaf[0].tolist()) == [-1, 1, 2]  # item 1 has an ID of its own, which is gone
+    assert sorted(leaf[1].tolist()) == [0, 1, 2]
+
+
+def test_another_catalogue_takes_the_place_of_the_first():
+    builder, generator = builder_and_generator()
+    batch = builder(EXAMPLES.user, EXAMPLES.position)
+    variables = helpers.random_variables(generator.model, batch)
+    generator.rank(variables, builder, EXAMPLES, n=5)
+    compiled = generator._search._cache_size()
+    sids = np.array([[1, 1], [0, 1], [1, 1], [1, 1], [1, 0]], np.int32)
+    generator.use(SemanticIds(sids, IDS.codebooks, {}), TIES)
+    (beams,) = [b for b in generator.beams(variables, builder, EXAMPLES)][:1]
+    found = {tuple(sid) for sid in beams.sid.reshape(-1, 2).tolist()} - {(-1, -1)}
+    assert found == {(0, 1), (1, 0), (1, 1)}
+    assert generator._search._cache_size() == compiled
+    generator.use(IDS, TIES)
+
+
+def test_a_compute_copy_changes_no_bit():
+    cfg = helpers.tiny_config(
+        compute_dtype="bfloat16", encoder_experts=True, num_experts=2, decoder_layers=1
+    )
+    spec = helpers.full_spec()
+    model, batch = OneRec(cfg, spec), helpers.random_batch(cfg, spec, 2)
+    variables = helpers.random_variables(model, batch)
+    copy = compute_copy(model, variables)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(v["params"])) for v in (variables, copy)]
+    assert sizes[1] < 0.6 * sizes[0]
+    run = helpers.quick_jit(model.apply)
+    np.testing.assert_array_equal(run(variables, batch), run(copy, batch))

@@ -55,12 +55,12 @@ def test_steps_with_a_cache_equal_teacher_forcing(experts):
         def apply(method, *args):
             return decoder.apply(variables, *args, method=method)
 
-        cross, cache = apply("cross_cache", z, lengths), decoder.empty_cache(B, W, S)
+        cross, cache = apply("cross_cache", z, lengths), BeamCache()
         outputs = []
         for t in range(S):
             if t == 2:  # the survivors take over their parents' caches
                 cache = cache.take(parents)
-            h, cache = apply("step", x[:, :, t], cross, cache, t)
+            h, cache = apply("step", x[:, :, t], cross, cache)
             outputs.append(h)
         return jnp.stack(outputs, axis=2)
 
@@ -107,24 +107,31 @@ def test_only_valid_tokens_of_the_user_are_read():
 
 
 def test_cache_take_against_a_loop():
-    k, v = draw(1, 2, B, W, S, 2, 8), draw(1, 2, B, W, S, 2, 8, seed=1)
+    k, v = draw(1, 2, B, W, 2, 8), draw(1, 2, B, W, 2, 8, seed=1)
     parents = np.array([[0, 0, 3], [2, 1, 0], [3, 3, 3]], np.int32)
-    taken = BeamCache(jnp.asarray(k), jnp.asarray(v)).take(parents)
-    for old, new in ((k, taken.k), (v, taken.v)):
-        chex.assert_shape(new, (1, 2, B, 3, S, 2, 8))
+    shared = jnp.asarray(k[:, :, :, :1])  # BOS
+    taken = BeamCache((shared, jnp.asarray(k)), (shared, jnp.asarray(v))).take(parents)
+    for old, (first, new) in ((k, taken.k), (v, taken.v)):
+        np.testing.assert_array_equal(first, shared)
+        chex.assert_shape(new, (1, 2, B, 3, 2, 8))
         for b, w in np.ndindex(B, 3):
             np.testing.assert_array_equal(new[:, :, b, w], old[:, :, b, parents[b, w]])
 
 
 def test_sizes_of_the_caches():
+    """Keys and values of the user once, those of a code once a beam."""
     decoder = Decoder(CFG, jnp.bfloat16)
-    cache = decoder.empty_cache(B, W, S)
-    chex.assert_shape([cache.k, cache.v], (2, 1, B, W, S, 2, 8))
-    chex.assert_type([cache.k, cache.v], jnp.bfloat16)
-    cross = jax.eval_shape(
-        functools.partial(decoder.apply, method="cross_cache"),
-        variables_of(CFG),
-        draw(B, T, 16),
-        LENGTHS,
-    )
-    chex.assert_shape([cross.k, cross.v], (2, 1, B, T, 2, 8))  # once a user, not once a beam
+
+    def two_steps(variables, z, lengths):
+        def apply(method, *args):
+            return decoder.apply(variables, *args, method=method)
+
+        cross = apply("cross_cache", z, lengths)
+        _, cache = apply("step", jnp.zeros((B, 1, 16)), cross, BeamCache())
+        _, cache = apply("step", jnp.zeros((B, W, 16)), cross, cache)
+        return cross, cache
+
+    cross, cache = jax.eval_shape(two_steps, variables_of(CFG), draw(B, T, 16), LENGTHS)
+    chex.assert_shape([cross.k, cross.v], (2, 1, B, T, 2, 8))
+    chex.assert_shape(cache.k + cache.v, [(2, 1, B, 1, 2, 8), (2, 1, B, W, 2, 8)] * 2)
+    chex.assert_type(cache.k + cache.v, jnp.bfloat16)

@@ -1,6 +1,7 @@
 """Experts against 'every expert on every token', on meshes, and the balancing bias."""
 
 import functools
+from unittest import mock
 
 import chex
 import flax.linen as nn
@@ -12,6 +13,7 @@ import pytest
 from absl.testing import parameterized
 from jax.sharding import NamedSharding
 
+from onerec_jax.models import moe
 from onerec_jax.models.moe import (
     MoE,
     auxiliary_loss,
@@ -25,6 +27,7 @@ from onerec_jax.sharding import BATCH, make_mesh, on_mesh, replicated, shardings
 
 B, S, D, F, E, K = 8, 3, 6, 5, 8, 2
 T = B * S
+ALL_TO_TWO = np.where(np.arange(E) < 2, 9.0, 0.0)
 BIAS = np.random.default_rng(7).permutation(np.linspace(-0.3, 0.3, E)).astype(np.float32)
 
 
@@ -80,11 +83,13 @@ def every_expert_on_every_token(params, x, chosen, gate):
     return y.reshape(B, S, D)
 
 
-def layer_loss(variables, x, valid, weight, *, gate):
+def layer_loss(variables, x, valid, weight, *, gate, dropless=False):
     """`((loss, (output, statistics)), gradients)` of the layer under test."""
 
     def loss(variables, x):
-        y, updated = module(gate).apply(variables, x, valid, mutable=["router_stats"])
+        y, updated = module(gate).apply(
+            variables, x, valid, dropless=dropless, mutable=["router_stats"]
+        )
         return (y * weight).sum(), (y, updated["router_stats"])
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(variables, x)
@@ -93,20 +98,32 @@ def layer_loss(variables, x, valid, weight, *, gate):
 class MeshTest(chex.TestCase):
     @parameterized.product(mesh=[(1, 1), (8, 1), (1, 8), (4, 2)], gate=["sigmoid", "softmax"])
     def test_value_and_gradients_equal_every_expert_on_every_token(self, mesh, gate):
+        self.check(mesh, gate=gate)
+
+    @parameterized.product(mesh=[(1, 1), (4, 2), (1, 8)], bias=["even", "two"])
+    def test_dropless_inference_equals_every_expert_on_every_token(self, mesh, bias):
+        """However many copies are over: with the small sizes here, a loop of several blocks."""
+        sizes = {"FREE_ROWS": 1, "COMMON_LOAD": 0.5, "BLOCK": 2}
+        with mock.patch.multiple(moe, **sizes):
+            assert moe.dropless_rows(T, E, K) < T
+            self.check(mesh, bias=BIAS if bias == "even" else ALL_TO_TWO, dropless=True)
+
+    def check(self, mesh, *, gate="sigmoid", bias=BIAS, dropless=False):
         x, valid, weight = inputs()
+        state = {**variables(), "router": {"bias": jnp.asarray(bias, jnp.float32)}}
         mesh = make_mesh(*mesh)
         split, shardings = NamedSharding(mesh, BATCH), shardings_of(boxed_variables(), mesh)
         chex.assert_equal(shardings["params"]["w_in"].spec[0], "expert")
         chex.assert_equal(shardings["params"]["w_out"].spec[0], "expert")
         run = helpers.quick_jit(
-            on_mesh(functools.partial(layer_loss, gate=gate), mesh),
+            on_mesh(functools.partial(layer_loss, gate=gate, dropless=dropless), mesh),
             in_shardings=(shardings, split, split, split),
             out_shardings=replicated(mesh),
         )
-        (_, (y, stats)), (grads, grad_x) = run(variables(), x, valid, weight)
+        (_, (y, stats)), (grads, grad_x) = run(state, x, valid, weight)
 
         params = variables()["params"]
-        chosen = choose(params["router"], BIAS, x, valid, gate)
+        chosen = choose(params["router"], bias, x, valid, gate)
 
         def twin_loss(params, x):
             y = every_expert_on_every_token(params, x, chosen, gate)
@@ -161,9 +178,6 @@ def run(x, valid=None, *, factor, bias=BIAS, dropless=False):
     state = {**variables(), "router": {"bias": jnp.asarray(bias)}}
     y, updated = apply(state, x, valid, factor=factor, dropless=dropless)
     return np.asarray(y), jax.device_get(updated["router_stats"])
-
-
-ALL_TO_TWO = np.where(np.arange(E) < 2, 9.0, 0.0)
 
 
 def test_overflow_drops_late_tokens_and_counts_them():
@@ -232,6 +246,23 @@ def test_capacity_by_hand():
     assert capacity(24, 8, 2, 1.0) == 6
     assert capacity(24, 8, 2, 1.25) == 8  # 7.5, rounded up
     assert capacity(24, 8, 2, 99.0) == 24  # an expert sees a token once
+
+
+def test_dropless_rows_by_hand():
+    assert moe.dropless_rows(24, 8, 2) == 24  # few tokens: as many rows as tokens
+    assert moe.dropless_rows(512, 24, 2) == 256  # what the weights' bytes pay for
+    assert moe.dropless_rows(16_384, 24, 2) == 1712  # 1.25 times the mean, rounded up
+
+
+def test_a_lone_token_is_served_as_in_a_crowd():
+    """Whether its experts are full or empty: the loop takes what the batched product leaves."""
+    x, _, _ = inputs()
+    state = {**variables(), "router": {"bias": jnp.asarray(ALL_TO_TWO, jnp.float32)}}
+    with mock.patch.multiple(moe, FREE_ROWS=5, BLOCK=4):
+        crowd = helpers.quick_jit(functools.partial(module().apply, dropless=True))(state, x)
+    for b, s in [(0, 0), (3, 1), (B - 1, S - 1)]:
+        alone, _ = run(x[b : b + 1, s : s + 1], factor=0.0, bias=ALL_TO_TWO)
+        np.testing.assert_allclose(crowd[b, s], alone[0, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_are_written_only_on_demand():

@@ -87,7 +87,7 @@ def test_decode_steps_equal_teacher_forcing():
 
     @helpers.quick_jit
     def steps(variables, batch):
-        cross, cache = model.apply(variables, batch, 3, method="start")
+        cross, cache = model.apply(variables, batch, method="start")
         logits = []
         for level in range(SPEC.levels):
             code = codes[:, :, max(level - 1, 0)]
@@ -136,7 +136,7 @@ def test_caches_of_grouped_blocks():
 
     @helpers.quick_jit
     def steps(variables, batch):
-        cross, cache = model.apply(variables, batch, 1, method="start")
+        cross, cache = model.apply(variables, batch, method="start")
         found = []
         for level in range(SPEC.levels):
             before = code[:, :, max(level - 1, 0)]
@@ -263,7 +263,11 @@ def test_training_lowers_for_tpu():
 @pytest.mark.parametrize("masked", [True, False])
 def test_beam_search_lowers_for_tpu(masked):
     cfg, batch, abstract = tiny_16_bit()
-    trie = build_trie(helpers.random_ids(SPEC.num_items).leaf_sids) if masked else None
+    trie = (
+        build_trie(helpers.random_ids(SPEC.num_items).leaf_sids, SPEC.codebook_size)
+        if masked
+        else None
+    )
 
     def search(variables, values):
         found = beam_search(OneRec(cfg, SPEC), variables, as_batch(values), width=8, trie=trie)

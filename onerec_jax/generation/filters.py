@@ -1,0 +1,124 @@
+"""Filters of one request: items left out (seen, of blocked authors), or a subset to choose from.
+
+A filter acts on items. A semantic ID is masked only if all of its items are, and a prefix only if
+all IDs below it are; beams are then those of the catalogue without them. What is left to do behind
+the beams is to leave out masked items of IDs that others share: `expand_leaves`, then `drop_seen`.
+
+The host finds the nodes that die, or with a subset those that live, and sends them level by level
+as short lists; the device looks up which beam each of them lies below and sets its bit.
+
+Axes: B users, W beams, X listed nodes of a level, J words of a mask.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from onerec_jax.generation.trie import Trie
+
+SMALLEST = 64
+"""Listed nodes of the smallest bucket; each is four times the one before, to compile few shapes."""
+
+
+@struct.dataclass
+class Filter:
+    """Nodes of each level that users must not reach, or outside of which they must not."""
+
+    parent: jax.Array  # int32 [B, levels, X], node of level l above a listed node; -1 = padding
+    code: jax.Array  # int32 [B, levels, X], code that leads from it to the listed node
+    keep: jax.Array  # bool [B], True: listed nodes are all that live; False: they are dead
+
+    def legal(self, words_bwj, node_bw, level: int):
+        """Masks of the codes that may follow: what exists, less what is filtered.
+
+        Args:
+          words_bwj: uint32, packed, from `Trie.following`.
+          node_bw: int32, distinct nodes of `level`; -1 for dead beams.
+        """
+        users, width, words = words_bwj.shape
+        order_bw = jnp.argsort(node_bw, axis=1)
+        sorted_bw = jnp.take_along_axis(node_bw, order_bw, axis=1)
+        parent_bx, code_bx = self.parent[:, level], self.code[:, level]
+        search = jax.vmap(lambda a, v: jnp.searchsorted(a, v, method="scan_unrolled"))
+        place_bx = jnp.minimum(search(sorted_bw, parent_bx), width - 1)
+        reached_bx = (parent_bx >= 0) & (
+            jnp.take_along_axis(sorted_bw, place_bx, axis=1) == parent_bx
+        )
+        word_bx = jnp.take_along_axis(order_bw, place_bx, axis=1) * words + code_bx // 32
+        word_bx = jnp.where(reached_bx, word_bx, width * words)
+        bit_bx = jnp.uint32(1) << (code_bx % 32).astype(jnp.uint32)
+        # Listed nodes are distinct, so that sums of bits are unions.
+        listed = jnp.zeros((users, width * words), jnp.uint32)
+        listed = jax.vmap(lambda m, i, b: m.at[i].add(b, mode="drop"))(listed, word_bx, bit_bx)
+        listed = listed.reshape(words_bwj.shape)
+        return words_bwj & jnp.where(self.keep[:, None, None], listed, ~listed)
+
+
+class FilterBuilder:
+    """Turns item rows into filters for one trie; on the host."""
+
+    def __init__(self, trie: Trie, leaf_of_item: np.ndarray):
+        """`leaf_of_item` int32 `[items]`, from `SemanticIds`."""
+        self.leaf_of_item = leaf_of_item
+        self.start = [np.asarray(x) for x in trie.start]
+        self.code = [np.asarray(x) for x in trie.code]
+        self.items_of_leaf = np.bincount(leaf_of_item)
+
+    def __call__(self, excluded=None, allowed=None, *, size: int = SMALLEST) -> Filter:
+        """The filter of B users.
+
+        Args:
+          excluded: item rows to leave out, one array a user; None: nothing.
+          allowed: item rows to choose from, one array a user, or None for a user who may have all;
+            None: all users may. A user's `excluded` are taken off them.
+          size: least X.
+        """
+        users = len(allowed if excluded is None else excluded)
+        excluded = [()] * users if excluded is None else excluded
+        allowed = [None] * users if allowed is None else allowed
+        listed = [
+            self._dead(out) if subset is None else self._alive(subset, out)
+            for out, subset in zip(excluded, allowed, strict=True)
+        ]
+        longest = max((len(parent) for levels in listed for parent, _ in levels), default=0)
+        while size < longest:
+            size *= 4
+        parent = np.full((users, len(self.start), size), -1, np.int32)
+        code = np.zeros_like(parent)
+        for user, levels in enumerate(listed):
+            for level, (parents, codes) in enumerate(levels):
+                parent[user, level, : len(parents)] = parents
+                code[user, level, : len(codes)] = codes
+        return Filter(parent, code, np.array([subset is not None for subset in allowed]))
+
+    def _alive(self, allowed, excluded):
+        items = np.setdiff1d(allowed, excluded).astype(np.int64)
+        node = np.unique(self.leaf_of_item[items])
+        levels = []
+        for level in reversed(range(len(self.start))):
+            parent = self._parents(node, level)
+            levels.append((parent, self.code[level][node]))
+            node = np.unique(parent)
+        return levels[::-1]
+
+    def _dead(self, excluded):
+        items = np.unique(excluded).astype(np.int64)
+        node, count = np.unique(self.leaf_of_item[items], return_counts=True)
+        node = node[count == self.items_of_leaf[node]]
+        levels = []
+        for level in reversed(range(len(self.start))):
+            parent = self._parents(node, level)
+            levels.append((parent, self.code[level][node]))
+            above, count = np.unique(parent, return_counts=True)
+            start = self.start[level]
+            node = above[count == start[above + 1] - start[above]]
+        return levels[::-1]
+
+    def _parents(self, node, level):
+        return np.searchsorted(self.start[level], node, side="right") - 1
+
+
+def items_of(owner_of_item: np.ndarray, owners) -> np.ndarray:
+    """Item rows of the given owners, for authors that a user has blocked: int `[items] -> [n]`."""
+    return np.flatnonzero(np.isin(owner_of_item, owners))
