@@ -21,12 +21,18 @@ class ServiceConfig:
     """A recommendation not made by then is answered 503."""
     poll_s: float = 5.0
     """How often the run folder is looked at for a newer checkpoint or catalogue."""
+    filter_size: int = 1024
+    """Items that the search itself leaves out or is confined to. Of a request that excludes more
+    (seen items count), the rest is dropped from the list, which may come short; a request may not
+    allow more."""
     max_n: int = 100
     max_history: int = 10_000
-    """Actions of a history, items to exclude, items to allow: at most so many each."""
+    """Actions of a history, items to exclude, authors to exclude: at most so many each."""
 
     def __post_init__(self):
-        require_at_least(self, "service.", wait_ms=0, max_queue=1, max_n=1, max_history=1)
+        require_at_least(
+            self, "service.", wait_ms=0, max_queue=1, max_n=1, max_history=1, filter_size=1
+        )
         require_at_least(self, "service.", timeout_s=0.001, poll_s=0.001)
         for name in ("widths", "users"):
             values = tuple(sorted(set(getattr(self, name))))

@@ -1,12 +1,13 @@
 """A finished run as a recommender: `Recommender.load(run_folder).recommend(["u3"], n=10)`.
 
-Three steps, each a method, for the server times them apart: `features` (histories to a batch),
-`search` (beams, compiled for a number of users and a width) and `lists` (beams to items). A query
+Three steps, each a method, for the server times them apart: `gather` (histories to a batch and a
+filter), `search` (beams, compiled for every shape of these) and `lists` (beams to items). A query
 belongs to the recommender that made it, so that rows never meet another catalogue.
 
 Axes: B users, W beams.
 """
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,8 @@ from onerec_jax.data.features import ActionLog, uncompressed
 from onerec_jax.distributed import fetch
 from onerec_jax.errors import InputError
 from onerec_jax.generation.beam import Beams
-from onerec_jax.generation.generator import Generator, expand_leaves
+from onerec_jax.generation.filters import SMALLEST, Filter
+from onerec_jax.generation.generator import compute_copy, expand_leaves
 from onerec_jax.inputs import Batch
 from onerec_jax.run import Run
 from onerec_jax.serving.catalogue import CATALOGUE, Catalogue, open_for_serving
@@ -58,9 +60,9 @@ class Query:
     n: int
     beam_width: int
     exclude: np.ndarray
-    """Item rows, sorted."""
+    """Item rows, each once: what the caller names, then what was seen, the latest first."""
     allowed: np.ndarray | None
-    """Item rows, sorted; None: all."""
+    """Item rows; None: all."""
 
 
 class Recommender:
@@ -75,19 +77,25 @@ class Recommender:
           variables: of `run`; see `load`.
           texts: what the files said that describe the run.
           mesh: devices that share the users of a batch; None: the first device.
-          like: a recommender of the same run at another step, whose tables and compiled programs
-            are taken over.
+          like: a recommender whose tables and compiled programs are taken over, as far as `run` is
+            the same and its mesh, always.
         """
         self.run = run
         self.step, self.texts = run.best_step, texts
         self.mesh = mesh or (like.mesh if like else make_mesh(data=1))
+        if like and like.texts == texts:
+            self.catalogue, self.builder, self.generator = (
+                like.catalogue, like.builder, like.generator,
+            )  # fmt: skip
+        else:
+            self.catalogue, self.builder = Catalogue(run), run.builder
+            if like and (like.run.model_config, like.run.spec) == (run.model_config, run.spec):
+                self.generator = copy.copy(like.generator)
+                self.generator.use(run.ids, run.tie_order)
+            else:
+                self.generator = run.generator(self.mesh, beam_width=1, batch_size=1)
+        variables = compute_copy(self.generator.model, variables)
         self.variables = jax.device_put(variables, replicated(self.mesh))
-        self.catalogue = like.catalogue if like else Catalogue(run)
-        self.builder: BatchBuilder = like.builder if like else run.builder
-        self.offsets, self.items = (
-            (like.offsets, like.items) if like else run.ids.items_by_leaf(run.tie_order)
-        )
-        self._generators: dict[int, Generator] = like._generators if like else {}
 
     @classmethod
     def load(cls, folder, *, mesh=None, like: "Recommender | None" = None) -> "Recommender":
@@ -104,10 +112,8 @@ class Recommender:
             run = like.run.again()
         else:
             run = open_for_serving(folder)
-            if like is not None:
-                mesh, like = mesh or like.mesh, None
         step = run.best_step  # refuses a run without checkpoints before their folder is opened
-        if like is not None and step == like.step:
+        if like is not None and like.texts == texts and like.step == step:
             return like
         try:
             variables = run.load_best()
@@ -145,8 +151,7 @@ class Recommender:
             the data set has. Actions count as done just now if they have no `time_s`, and as
             positive if they have no feedback; an empty list is a newcomer.
           n: length of the list.
-          beam_width: W; a list of n items needs at least about as many beams, and more if many of
-            the likely items are left out.
+          beam_width: W; n beams fill a list of n items, more find better ones.
           exclude, exclude_authors: ids never to recommend.
           allowed: item ids to choose from; None: all.
           include_seen: recommend items of the history too.
@@ -178,7 +183,9 @@ class Recommender:
         items = self.catalogue.items
         left_out = [items.rows(exclude), self.catalogue.of_authors(exclude_authors)]
         if not include_seen:
-            left_out.append(rows)
+            left_out.append(rows[::-1])
+        left_out = np.concatenate(left_out)
+        _, first = np.unique(left_out, return_index=True)
         return Query(
             recommender=self,
             user=user,
@@ -186,8 +193,9 @@ class Recommender:
             log=log,
             request_time_s=int(last if request_time_s is None else request_time_s),
             n=min(int(n), len(items)),
-            beam_width=min(int(beam_width), len(self.offsets) - 1),  # no more IDs than exist
-            exclude=np.unique(np.concatenate(left_out)),
+            # No more IDs than exist.
+            beam_width=min(int(beam_width), len(self.run.ids.leaf_sids)),
+            exclude=left_out[np.sort(first)],
             allowed=None if allowed is None else np.unique(items.rows(allowed)),
         )
 
@@ -235,12 +243,17 @@ class Recommender:
 
     # ----------------------------------------------------------------------------------- steps
 
-    def features(self, queries: Sequence[Query], users: int | None = None) -> Batch:
-        """The batch of some queries, NumPy arrays `[B, …]`.
+    def gather(
+        self, queries: Sequence[Query], users: int | None = None, filter_size: int | None = None
+    ) -> tuple[Batch, Filter | None]:
+        """What the search needs to know of some queries, NumPy arrays `[B, …]`.
 
         Args:
           users: B, at least the number of queries, rounded up to a multiple of the devices; the
-            first is repeated to fill up. None: the next power of two.
+            first query is repeated to fill up. None: the next power of two.
+          filter_size: items that the search can be told to avoid; what a query excludes beyond is
+            only left out of the list, which may then come short. None: as many as it takes, and no
+            filter where no query needs one.
         """
         count, devices = len(queries), self.mesh.devices.size
         users = 1 << (count - 1).bit_length() if users is None else users
@@ -265,44 +278,43 @@ class Recommender:
             parts.append(builder(np.zeros(1, int), np.array([position]), np.array([time])))
         place = np.argsort(stored + given)
         place = np.concatenate([place, np.full(users - count, place[0])])
-        return jax.tree.map(lambda *x: np.concatenate(x)[place], *parts)
+        batch = jax.tree.map(lambda *x: np.concatenate(x)[place], *parts)
+        wanted = [(query.exclude[:filter_size], query.allowed) for query in queries]
+        if filter_size is None and all(not len(out) and some is None for out, some in wanted):
+            return batch, None
+        excluded, allowed = zip(*wanted, *[((), None)] * (users - count), strict=True)
+        return batch, self.generator.filters(excluded, allowed, size=filter_size or SMALLEST)
 
-    def search(self, batch: Batch, beam_width: int, *, masked: bool = True) -> Beams:
-        """Starts the search for B users; `fetch` of the result waits for it.
-
-        Compiled once for every pair of B and width.
-
-        Args:
-          masked: only IDs that exist.
-        """
-        generator = self._generators.get(beam_width)
-        if generator is None:
-            generator = self.run.generator(self.mesh, beam_width=beam_width, batch_size=1)
-            self._generators[beam_width] = generator
-        trie = generator.trie if masked else None
-        return generator.search(self.variables, put_batch(batch, self.mesh), trie=trie)
+    def search(self, batch: Batch, filter: Filter | None, beam_width: int) -> Beams:
+        """Starts the search for B users; `fetch` of the result waits for it."""
+        return self.generator.search(
+            self.variables,
+            put_batch(batch, self.mesh),
+            trie=self.generator.trie,
+            filter=None if filter is None else put_batch(filter, self.mesh),
+            width=beam_width,
+        )
 
     def legality(self, query: Query, beam_width: int) -> tuple[int, int]:
         """IDs that exist among those that one query gives without the trie, and all of these."""
-        batch = self.features([query])
-        width = min(beam_width, len(self.offsets) - 1)
-        beams = fetch(self.search(batch, width, masked=False))
+        batch = put_batch(self.gather([query])[0], self.mesh)
+        beams = fetch(self.generator.search(self.variables, batch, width=beam_width))
         alive = np.isfinite(beams.logp[0])
         return int((self.run.ids.find(beams.sid[0])[alive] >= 0).sum()), int(alive.sum())
 
     def lists(self, queries: Sequence[Query], beams: Beams) -> list[tuple[np.ndarray, np.ndarray]]:
         """Item rows int32 `[n]` and log-probabilities float32 `[n]` of every query.
 
-        A list is shorter than the query's n where the beams hold too few of the wanted items.
+        A list is shorter than the query's n where the beams hold fewer of the wanted items.
 
         Args:
           beams: NumPy arrays; users beyond the queries are padding.
         """
-        found = []
+        found, offsets, items = [], self.generator.offsets, self.generator.items
         for query, leaf, logp in zip(queries, beams.leaf, beams.logp, strict=False):
             leaf, logp = leaf[leaf >= 0], logp[leaf >= 0]
-            count = self.offsets[leaf + 1] - self.offsets[leaf]
-            (rows,) = expand_leaves(leaf[None], self.offsets, self.items, int(count.sum()))
+            count = offsets[leaf + 1] - offsets[leaf]
+            (rows,) = expand_leaves(leaf[None], offsets, items, int(count.sum()))
             kept = ~np.isin(rows, query.exclude)
             if query.allowed is not None:
                 kept &= np.isin(rows, query.allowed)
@@ -317,7 +329,7 @@ class Recommender:
         """
         before = None
         for part in parts:
-            found = self.search(self.features(part, users), part[0].beam_width)
+            found = self.search(*self.gather(part, users), part[0].beam_width)
             if before is not None:
                 yield before[0], fetch(before[1])
             before = part, found

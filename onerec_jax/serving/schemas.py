@@ -141,7 +141,7 @@ def request_models(config: ServiceConfig):
         "exclude_items": (Annotated[list[Id], many], []),
         "exclude_authors": (Annotated[list[Id], many], []),
         "allowed_items": (
-            Annotated[list[Id], Field(max_length=config.max_history, min_length=1)] | None,
+            Annotated[list[Id], Field(max_length=config.filter_size, min_length=1)] | None,
             None,
         ),
         "include_seen": (StrictBool, False),

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from onerec_jax.distributed import fetch
+from onerec_jax.generation.beam import refuse_nan
 from onerec_jax.serving.batching import Batcher
 from onerec_jax.serving.catalogue import CATALOGUE
 from onerec_jax.serving.config import ServiceConfig
@@ -92,9 +93,9 @@ class Service:
             self.metrics.stage.labels("queue").observe(clock[0] - arrived)
         self.metrics.batch.observe(len(queries))
         size = next(users for users in self.config.users if users >= len(queries))
-        batch = recommender.features(queries, size)
+        batch = recommender.gather(queries, size, self.config.filter_size)
         clock.append(time.perf_counter())
-        beams = fetch(recommender.search(batch, queries[0].beam_width))
+        beams = fetch(recommender.search(*batch, queries[0].beam_width))
         clock.append(time.perf_counter())
         lists = [
             [
@@ -118,8 +119,10 @@ class Service:
             query = recommender.query([], beam_width=width)
             for users in self.config.users:
                 start = time.perf_counter()
-                batch = recommender.features([query], users)
-                recommender.lists([query], fetch(recommender.search(batch, query.beam_width)))
+                batch = recommender.gather([query], users, self.config.filter_size)
+                beams = fetch(recommender.search(*batch, query.beam_width))
+                refuse_nan(beams)
+                recommender.lists([query], beams)
                 self._say(
                     f"{users} users, {query.beam_width} beams: ready after "
                     f"{time.perf_counter() - start:.1f} s"

@@ -103,7 +103,15 @@ def publish_grown(run_folder, folder) -> None:
     publish(run_folder, *grow(folder, Run.open(run_folder)))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation():
+    """Compiling is most of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="package")
 def served(tmp_path_factory) -> pathlib.Path:
     """The run folder. Nobody may change it: see `copied`."""
     return make_run(tmp_path_factory.mktemp("served"))
@@ -115,7 +123,7 @@ def copied(served, tmp_path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(served, tmp_path / "run"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def recommender(served) -> Recommender:
     return Recommender.load(served)
 
@@ -144,7 +152,7 @@ def running(folder, service=SERVICE, http=HttpConfig(port=0), **options):  # noq
         assert not thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(served):
     with running(served) as server:
         yield server

@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 
 from onerec_jax.data.batches import BatchBuilder, log_from_histories
-from onerec_jax.data.examples import Examples
 from onerec_jax.data.schema import FEEDBACK
 from onerec_jax.errors import InputError
 from onerec_jax.run import Run
 from onerec_jax.serving.catalogue import UnknownId, open_for_serving, publish
 from onerec_jax.serving.recommender import Recommender
 
-WIDTH = 12
+WIDTH = 99
+"""More than there are IDs: one shape to compile."""
 
 
 def by_loops(recommender, run, user, n, *, without=()):
     """Items of one stored user: the beams of the library, unrolled by hand."""
-    generator = recommender._generators[WIDTH]
     position = np.diff(run.dataset.offsets)[[user]].astype(np.int32)
-    example = Examples(np.array([user], np.int32), position)
-    (beams,) = generator.beams(run.load_best(), run.builder, example)
+    batch = run.builder(np.array([user]), position)
+    search = recommender.generator.search
+    beams = search(
+        run.load_best(), batch, trie=recommender.generator.trie, width=len(run.ids.leaf_sids)
+    )
+    assert len(np.unique(beams.leaf)) == leaves
     found = []
     for leaf, logp in zip(beams.leaf[0], beams.logp[0], strict=True):
         alike = [row for row in range(run.dataset.num_items) if run.ids.leaf_of_item[row] == leaf]
@@ -66,7 +69,7 @@ def test_actions_in_a_request_become_the_features_that_the_log_has(recommender):
         stored, given = recommender.query(user), recommender.query(sent)
         assert stored.log is None
         assert given.log is not None
-        batch = recommender.features([stored, given])
+        batch = recommender.gather([stored, given])[0]
         for name in ("short", "positive", "lifelong"):
             pathway = getattr(batch, name)
             for x in jax.tree.leaves(pathway):
@@ -83,19 +86,19 @@ def test_bare_items_are_recent_and_positive(recommender):
     log = log_from_histories([[4, 9, 9]], recommender.run.spec)
     builder = BatchBuilder(log, recommender.builder.items, recommender.builder.cfg)
     wanted = builder(np.zeros(1, int), np.array([3]))
-    found = recommender.features([recommender.query(["4", 9, np.int64(9)])])
+    found = recommender.gather([recommender.query(["4", 9, np.int64(9)])])[0]
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    as_actions = recommender.features([recommender.query([4, {"item_id": 9}, {"item_id": "9"}])])
+    as_actions = recommender.gather([recommender.query([4, {"item_id": 9}, {"item_id": "9"}])])[0]
     jax.tree.map(np.testing.assert_array_equal, as_actions, wanted)
 
 
 def test_times_of_actions_and_of_the_request_count(recommender):
     sent = [{"item_id": 3, "time_s": 100}, {"item_id": 4, "time_s": 4000}]
     latest, later = recommender.query(sent), recommender.query(sent, request_time_s=20_000)
-    ages = recommender.features([latest, later]).short.age[:, :2]
+    ages = recommender.gather([latest, later])[0].short.age[:, :2]
     assert ages[0, 0] == 1 < ages[0, 1] < ages[1, 0] < ages[1, 1]
     stored = recommender.query(2), recommender.query(2, request_time_s=2_000_000_000)
-    ages = recommender.features(stored).short.age
+    ages = recommender.gather(stored)[0].short.age
     assert (ages[1] > ages[0]).any()
 
 
@@ -111,14 +114,14 @@ def test_together_as_alone(recommender):
 
 
 def test_what_is_excluded_and_what_is_allowed(recommender):
-    (everything,) = recommender.recommend([[]], n=99, beam_width=99)
+    (everything,) = recommender.recommend([[]], n=99, beam_width=WIDTH)
     assert sorted(item.row for item in everything) == list(range(conftest.ITEMS))
     logps = [item.logp for item in everything]
     assert logps == sorted(logps, reverse=True)
     order = [item.row for item in everything]
 
     def rows(history=(), **options):
-        (listed,) = recommender.recommend([list(history)], n=99, beam_width=99, **options)
+        (listed,) = recommender.recommend([list(history)], n=99, beam_width=WIDTH, **options)
         return [item.row for item in listed]
 
     assert rows(exclude=[order[0], "3"]) == [r for r in order if r not in (order[0], 3)]
@@ -265,9 +268,9 @@ def test_a_grown_catalogue_is_served(copied, tmp_path, recommender):
     grown = Recommender.load(copied)
     assert grown.run.dataset.num_items == conftest.ITEMS + 3
     new = {100 + conftest.ITEMS - 3 + i for i in range(3)}
-    (listed,) = grown.recommend([[1, 2]], n=99, beam_width=99)
+    (listed,) = grown.recommend([[1, 2]], n=99, beam_width=WIDTH)
     assert new < {item.item_id for item in listed}
-    (few,) = grown.recommend([[min(new)]], n=99, beam_width=99)
+    (few,) = grown.recommend([[min(new)]], n=99, beam_width=WIDTH)
     assert min(new) not in {item.item_id for item in few}
     # The new author sorts first, and is none that the model knows; the others keep their rows.
     author = grown.builder.items.author
@@ -296,12 +299,14 @@ def test_catalogues_that_do_not_fit(copied, tmp_path):
 
 def test_newer_weights_take_over_what_is_compiled(copied):
     first = Recommender.load(copied)
-    before = first.recommend([1, []], n=3, beam_width=4)
+    asked = {"histories": [1, [], 2, 3], "n": 3, "beam_width": WIDTH}
+    before = first.recommend(**asked)
     assert Recommender.load(copied, like=first) is first
     conftest.save_checkpoint(Run.open(copied), 4, seed=1)
     second = Recommender.load(copied, like=first)
     assert (first.step, second.step) == (3, 4)
-    after = second.recommend([1, []], n=3, beam_width=4)
+    after = second.recommend(**asked)
     assert pairs(after[0]) != pairs(before[0])
-    assert second._generators[4].search._cache_size() == 1  # one shape, one program
-    assert first.recommend([1, []], n=3, beam_width=4) != after  # still there for its queries
+    assert second.generator._search._cache_size() == 1  # one shape, one program
+    again = first.recommend(**asked)  # still there for its queries
+    assert [pairs(listed) for listed in again] == [pairs(listed) for listed in before]

@@ -135,7 +135,7 @@ def test_metrics(server):
     assert more('onerec_requests_total{route="/v1/recommend",status="200"}') == 1
     assert more('onerec_requests_total{route="/v1/recommend",status="404"}') == 1
     assert more('onerec_request_seconds_count{route="/v1/recommend"}') == 2
-    for stage in ("queue", "features", "search", "lists"):
+    for stage in ("queue", "gather", "search", "lists"):
         assert more(f'onerec_stage_seconds_count{{stage="{stage}"}}') == 1
     assert more("onerec_batch_users_sum") == 1
     assert after["onerec_queue_length"] == 0
