@@ -23,10 +23,8 @@ def by_loops(recommender, run, user, n, *, without=()):
     """Items of one stored user: the beams of the library, unrolled by hand."""
     position = np.diff(run.dataset.offsets)[[user]].astype(np.int32)
     batch = run.builder(np.array([user]), position)
-    search = recommender.generator.search
-    beams = search(
-        run.load_best(), batch, trie=recommender.generator.trie, width=len(run.ids.leaf_sids)
-    )
+    trie, leaves = recommender.generator.trie, len(run.ids.leaf_sids)
+    beams = recommender.generator.search(run.load_best(), batch, trie=trie, width=leaves)
     assert len(np.unique(beams.leaf)) == leaves
     found = []
     for leaf, logp in zip(beams.leaf[0], beams.logp[0], strict=True):
