@@ -60,8 +60,11 @@ class HttpConfig:
     """Bytes of a request's body."""
     read_timeout_s: float = 10.0
     """For a request to arrive, headers and body each."""
+    drain_s: float = 1.0
+    """After SIGTERM /readyz says 503, and requests are still taken for so long."""
     stop_timeout_s: float = 30.0
-    """For what was taken to be answered after SIGTERM."""
+    """For what was taken to be answered after that."""
 
     def __post_init__(self):
-        require_at_least(self, "http.", port=0, max_body=1, read_timeout_s=0.001, stop_timeout_s=0)
+        require_at_least(self, "http.", port=0, max_body=1, read_timeout_s=0.001)
+        require_at_least(self, "http.", drain_s=0, stop_timeout_s=0)

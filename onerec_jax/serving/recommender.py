@@ -142,6 +142,7 @@ class Recommender:
         allowed: Sequence | None = None,
         include_seen: bool = False,
         request_time_s: int | None = None,
+        position: int | None = None,
     ) -> Query:
         """Checks one request.
 
@@ -157,6 +158,8 @@ class Recommender:
           include_seen: recommend items of the history too.
           request_time_s: Unix time of the request, from which ages count; None: the time of the
             last action.
+          position: how many actions of a user of the data set are the history; None: all. Asked for
+            the past, `request_time_s` is the time of the action that came next.
 
         Raises:
           InputError: unknown ids, wrong types or values; `UnknownId` for the former.
@@ -169,9 +172,10 @@ class Recommender:
         user, log = -1, None
         if isinstance(history, str | int | np.integer):
             user = self.catalogue.users.row(history)
-            rows, times = self.catalogue.history(user), self.builder.log.time_s
-            end = self.run.dataset.offsets[user + 1]
-            last = 0 if times is None or not len(rows) else times[end - 1]
+            life, times = self.catalogue.history(user), self.builder.log.time_s
+            rows = life[:position]
+            at = self.run.dataset.offsets[user] + min(len(rows), len(life) - 1)
+            last = 0 if times is None or not len(life) else times[at]
         elif isinstance(history, Sequence | np.ndarray):
             rows, log = self._given(history)
             last = 0 if log.time_s is None or not len(rows) else log.time_s[len(rows) - 1]

@@ -183,8 +183,10 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
 
     @app.get("/readyz", response_model=schemas.Status)
     async def ready():
-        """The model is compiled and takes requests."""
+        """The model is compiled, and the server is not about to stop."""
         service.ready()
+        if service.stopping:
+            raise NotReady("the server is about to stop")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response)
@@ -278,7 +280,7 @@ class Server(uvicorn.Server):
     """Uvicorn on a socket of its own, with a service that gets ready beside it."""
 
     def __init__(self, service: Service, config: HttpConfig):
-        self.service, self.failure = service, None
+        self.service, self.http, self.failure = service, config, None
         try:
             family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
             self.socket = socket.create_server((config.host, config.port), family=family)
@@ -295,10 +297,18 @@ class Server(uvicorn.Server):
                 http=type("Protocol", (_Protocol,), {"wait_s": config.read_timeout_s}),
                 ws="none",
                 access_log=False,
+                log_config=None,  # warnings go where those of Python go
                 log_level="warning",
                 timeout_graceful_shutdown=config.stop_timeout_s,
             )
         )
+
+    def handle_exit(self, number, frame) -> None:
+        """Drains before it stops; a second signal does not wait."""
+        if self.service.stopping:
+            return super().handle_exit(number, frame)
+        self.service.stopping = True
+        threading.Timer(self.http.drain_s, super().handle_exit, (number, frame)).start()
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT, then until what was taken is answered.
@@ -307,11 +317,14 @@ class Server(uvicorn.Server):
           InputError: the run folder cannot be served.
         """
         threading.Thread(target=self._start, name="start", daemon=True).start()
+        before = {}
         if threading.current_thread() is threading.main_thread():
             # Uvicorn raises the signal that stopped it once more: an orderly stop is no failure.
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: None)
+                before[number] = signal.signal(number, lambda *_: None)
         super().run([self.socket])
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if self.failure is not None:
             raise self.failure
 

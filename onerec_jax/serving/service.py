@@ -22,7 +22,7 @@ from onerec_jax.serving.recommender import Query, Recommender
 
 
 class NotReady(Exception):
-    """The model is not compiled yet, or is gone."""
+    """The model is not compiled yet, or the server is about to stop."""
 
 
 class Service:
@@ -32,6 +32,7 @@ class Service:
         self.folder, self.config = pathlib.Path(folder), config
         self.metrics = Metrics()
         self.recommender: Recommender | None = None
+        self.stopping = False
         self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         self._sample = None
         self._stop = threading.Event()

@@ -3,10 +3,10 @@
 import json
 import shutil
 
-import conftest
 import jax
 import numpy as np
 import pytest
+import serving_world
 
 from onerec_jax.data.batches import BatchBuilder, log_from_histories
 from onerec_jax.data.schema import FEEDBACK
@@ -61,7 +61,7 @@ def actions_of(dataset, user):
 
 def test_actions_in_a_request_become_the_features_that_the_log_has(recommender):
     """No feature may differ between training and serving, holes and ties included."""
-    for user in range(conftest.USERS):
+    for user in range(serving_world.USERS):
         sent = actions_of(recommender.run.dataset, user)
         assert {None} < {value for action in sent for value in action.values()}
         stored, given = recommender.query(user), recommender.query(sent)
@@ -113,7 +113,7 @@ def test_together_as_alone(recommender):
 
 def test_what_is_excluded_and_what_is_allowed(recommender):
     (everything,) = recommender.recommend([[]], n=99, beam_width=WIDTH)
-    assert sorted(item.row for item in everything) == list(range(conftest.ITEMS))
+    assert sorted(item.row for item in everything) == list(range(serving_world.ITEMS))
     logps = [item.logp for item in everything]
     assert logps == sorted(logps, reverse=True)
     order = [item.row for item in everything]
@@ -184,7 +184,7 @@ def test_a_list_of_histories_is_asked_for(recommender):
 def test_more_than_there_is(recommender):
     """A history of a million actions, and n and beam width of a billion."""
     (listed,) = recommender.recommend([[3] * 10**6], n=10**9, beam_width=10**9)
-    assert len(listed) == conftest.ITEMS - 1
+    assert len(listed) == serving_world.ITEMS - 1
 
 
 # --------------------------------------------------------------------------------- the catalogue
@@ -194,14 +194,14 @@ def test_similar_items_against_all_vectors(recommender):
     run = recommender.run
     vectors = run.ids.vectors
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    for row in range(0, conftest.ITEMS, 7):
+    for row in range(0, serving_world.ITEMS, 7):
         rows, cosine = recommender.catalogue.similar(row, 5)
-        others = [other for other in range(conftest.ITEMS) if other != row]
+        others = [other for other in range(serving_world.ITEMS) if other != row]
         score = unit[others] @ unit[row]
         best = sorted(zip(-score.round(5), run.tie_order[others], others, strict=True))[:5]
         np.testing.assert_array_equal(rows, [other for _, _, other in best])
         np.testing.assert_allclose(cosine, [-s for s, _, _ in best], atol=1e-4)
-    assert len(recommender.catalogue.similar(0, 999)[0]) == conftest.ITEMS - 1
+    assert len(recommender.catalogue.similar(0, 999)[0]) == serving_world.ITEMS - 1
 
 
 def test_search_by_title(recommender):
@@ -211,7 +211,7 @@ def test_search_by_title(recommender):
     assert found == sorted(found, key=lambda row: order[row])
     assert catalogue.search("1 item", 3).tolist() == found[:3]
     assert catalogue.search(".*", 9).tolist() == []
-    assert len(catalogue.search("", 99)) == conftest.ITEMS
+    assert len(catalogue.search("", 99)) == serving_world.ITEMS
     assert catalogue.title(0) == "item 0"
     assert catalogue.describe(1)["title"] == "<b>Bold</b> & “quoted”"
 
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint(copied, damage):
 
 def test_weights_that_are_not_finite(copied):
     run = Run.open(copied)
-    conftest.save_checkpoint(run, 5, seed=0, change=lambda x: x * np.inf)
+    serving_world.save_checkpoint(run, 5, seed=0, change=lambda x: x * np.inf)
     with pytest.raises(InputError, match=r"step 5 .*is not finite"):
         Recommender.load(copied)
 
@@ -261,27 +261,27 @@ def test_weights_that_are_not_finite(copied):
 
 def test_a_grown_catalogue_is_served(copied, tmp_path, recommender):
     old = Run.open(copied)
-    data, ids = conftest.grow(tmp_path / "grown", old)
+    data, ids = serving_world.grow(tmp_path / "grown", old)
     publish(copied, data, ids)
     grown = Recommender.load(copied)
-    assert grown.run.dataset.num_items == conftest.ITEMS + 3
-    new = {100 + conftest.ITEMS - 3 + i for i in range(3)}
+    assert grown.run.dataset.num_items == serving_world.ITEMS + 3
+    new = {100 + serving_world.ITEMS - 3 + i for i in range(3)}
     (listed,) = grown.recommend([[1, 2]], n=99, beam_width=WIDTH)
     assert new < {item.item_id for item in listed}
     (few,) = grown.recommend([[min(new)]], n=99, beam_width=WIDTH)
     assert min(new) not in {item.item_id for item in few}
     # The new author sorts first, and is none that the model knows; the others keep their rows.
     author = grown.builder.items.author
-    np.testing.assert_array_equal(author[: conftest.ITEMS], recommender.builder.items.author)
-    np.testing.assert_array_equal(author[conftest.ITEMS :], 0)
+    np.testing.assert_array_equal(author[: serving_world.ITEMS], recommender.builder.items.author)
+    np.testing.assert_array_equal(author[serving_world.ITEMS :], 0)
 
 
 def test_catalogues_that_do_not_fit(copied, tmp_path):
     run = Run.open(copied)
-    data, ids = conftest.grow(tmp_path / "a", run, codebooks=run.ids.codebooks + 1)
+    data, ids = serving_world.grow(tmp_path / "a", run, codebooks=run.ids.codebooks + 1)
     with pytest.raises(InputError, match="has other codebooks"):
         publish(copied, data, ids)
-    data, ids = conftest.grow(tmp_path / "b", run)
+    data, ids = serving_world.grow(tmp_path / "b", run)
     with pytest.raises(InputError, match="no semantic IDs of the items"):
         publish(copied, run.config["data"]["folder"], ids)
     publish(copied, data, ids)
@@ -300,7 +300,7 @@ def test_newer_weights_take_over_what_is_compiled(copied):
     asked = {"histories": [1, [], 2, 3], "n": 3, "beam_width": WIDTH}
     before = first.recommend(**asked)
     assert Recommender.load(copied, like=first) is first
-    conftest.save_checkpoint(Run.open(copied), 4, seed=1)
+    serving_world.save_checkpoint(Run.open(copied), 4, seed=1)
     second = Recommender.load(copied, like=first)
     assert (first.step, second.step) == (3, 4)
     after = second.recommend(**asked)

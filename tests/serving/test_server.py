@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 
-import conftest
 import httpx
 import numpy as np
 import pytest
+import serving_world
 
 from onerec_jax.errors import InputError
 from onerec_jax.run import Run
@@ -269,7 +269,7 @@ def connect(server):
 
 
 def test_slow_clients_hold_nobody_up(served):
-    with conftest.running(served, SMALL, HttpConfig(port=0, read_timeout_s=0.5)) as server:
+    with serving_world.running(served, SMALL, HttpConfig(port=0, read_timeout_s=0.5)) as server:
         sockets = [connect(server) for _ in range(50)]
         head = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\n"
         silent, slow_head, slow_body = sockets[:16], sockets[16:32], sockets[32:]
@@ -321,7 +321,7 @@ def wait_for(condition, seconds=60):
 def test_overload_is_told_and_passes(served):
     config = ServiceConfig(**{**vars(SMALL), "max_queue": 5, "users": (1,), "timeout_s": 2.0})
     with (
-        conftest.running(served, config) as server,
+        serving_world.running(served, config) as server,
         concurrent.futures.ThreadPoolExecutor(9) as pool,
     ):
         gate = Gate(server)
@@ -350,7 +350,8 @@ def test_overload_is_told_and_passes(served):
 
 
 def test_a_newer_checkpoint_and_a_newer_catalogue_fail_no_request(copied, tmp_path):
-    with conftest.running(copied, SMALL) as server:
+    config = ServiceConfig(**{**vars(SMALL), "users": (1, 4)})  # batches of both sizes
+    with serving_world.running(copied, config) as server:
         stop, answers = threading.Event(), []
 
         def ask(user):
@@ -365,11 +366,11 @@ def test_a_newer_checkpoint_and_a_newer_catalogue_fail_no_request(copied, tmp_pa
             thread.start()
         try:
             run = Run.open(copied)
-            conftest.save_checkpoint(run, 4, seed=1)
+            serving_world.save_checkpoint(run, 4, seed=1)
             wait_for(lambda: (200, 4) in answers)
 
-            conftest.publish_grown(copied, tmp_path / "grown")
-            new = f"/v1/items/{100 + conftest.ITEMS - 1}"
+            serving_world.publish_grown(copied, tmp_path / "grown")
+            new = f"/v1/items/{100 + serving_world.ITEMS - 1}"
             wait_for(lambda: get(server, new).status_code == 200)
 
             # What cannot be served is told, and the old model goes on.
@@ -378,7 +379,7 @@ def test_a_newer_checkpoint_and_a_newer_catalogue_fail_no_request(copied, tmp_pa
             wait_for(lambda: values(server)['onerec_reloads_total{result="failed"}'] == 1)
             assert any(line.startswith("still serving step 4: ") for line in server.said)
             (copied / "catalogue.json").write_text(texts)
-            conftest.save_checkpoint(run, 5, seed=2)
+            serving_world.save_checkpoint(run, 5, seed=2)
             wait_for(lambda: (200, 5) in answers)
         finally:
             stop.set()
@@ -394,7 +395,7 @@ def test_a_newer_checkpoint_and_a_newer_catalogue_fail_no_request(copied, tmp_pa
 
 def test_stopping_answers_what_was_taken(served):
     with (
-        conftest.running(served, SMALL) as server,
+        serving_world.running(served, SMALL) as server,
         concurrent.futures.ThreadPoolExecutor(8) as pool,
     ):
         gate = Gate(server)
