@@ -28,7 +28,7 @@ from onerec_jax.errors import require_at_least
 from onerec_jax.files import write_text
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh, put_batch
-from onerec_jax.training.flops import train_flops
+from onerec_jax.training.flops import encoder_tokens, train_flops
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.profile import ONE_BY_ONE, by_part, kernels, peak_flops
 from onerec_jax.training.step import Trainer
@@ -121,7 +121,7 @@ def main(config: BenchmarkConfig) -> None:
     for stack in ("encoder", "decoder"):
         tokens = config.users * config.targets_per_user * spec.levels
         if stack == "encoder":
-            tokens = np.mean([encoder_tokens(cfg, k).sum() for k in lengths])
+            tokens = np.mean([encoder_tokens(cfg, spec, k).sum() for k in lengths])
         useful -= dropped * copy * cfg.experts_per_token * cfg.expert_layers(stack) * tokens
     device = jax.devices()[0]
     peak = peak_flops(device)
@@ -167,12 +167,6 @@ def main(config: BenchmarkConfig) -> None:
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(config.out.read_text())
     write_text(config.out, json.dumps([*earlier, result], indent=1) + "\n")
-
-
-def encoder_tokens(cfg: ModelConfig, lengths) -> np.ndarray:
-    """Valid tokens of the encoder of each user, int `[U]`."""
-    queries = cfg.lifelong_queries * (lengths["lifelong"] > 0)
-    return lengths["short"] + lengths["positive"] + queries + ("static" in cfg.pathways)
 
 
 def run_command(argv: list[str] | None = None) -> None:

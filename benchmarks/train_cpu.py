@@ -29,7 +29,7 @@ from onerec_jax.config import ModelConfig
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.files import write_text
 from onerec_jax.losses.ntp import ntp_loss
-from onerec_jax.models.decoder import Decoder
+from onerec_jax.models.decoder import BeamCache, Decoder
 from onerec_jax.models.encoder import EncoderGroup
 from onerec_jax.models.layers import embedding, lookup, rms_norm
 
@@ -68,13 +68,11 @@ class Tiger(nn.Module):
     codebook_size: int
     positions: int
 
-    @nn.compact
-    def __call__(self, code_bt, length_b, target_bs):
+    def setup(self):
         cfg = self.cfg
-        vocabulary = self.levels * self.codebook_size
-        table = self.param("codes", *embedding(vocabulary + 1, cfg.d_model))  # and BOS
-        place = self.param("position", *embedding(self.positions, cfg.d_model))
-        z = lookup(table, code_bt, jnp.float32) + place
+        self.vocabulary = self.levels * self.codebook_size
+        self.codes = self.param("codes", *embedding(self.vocabulary + 1, cfg.d_model))  # and BOS
+        self.position = self.param("position", *embedding(self.positions, cfg.d_model))
         encoder = nn.scan(
             EncoderGroup,
             variable_axes={"params": 0},
@@ -84,13 +82,31 @@ class Tiger(nn.Module):
             unroll=cfg.encoder_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        z, _ = encoder(cfg, jnp.float32, True, name="encoder")(z, length_b)
-        z = rms_norm(dtype=jnp.float32, name="norm_encoder")(z)
-        read_bs = jnp.pad(target_bs[:, :-1], ((0, 0), (1, 0)), constant_values=vocabulary)
-        x = lookup(table, read_bs, jnp.float32)[:, None]
-        x = Decoder(cfg, jnp.float32, True, name="decoder")(x, z, length_b)[:, 0]
-        x = rms_norm(dtype=jnp.float32, name="norm_decoder")(x)
-        return nn.Dense(vocabulary, use_bias=False, name="head")(x)
+        self.encoder = encoder(cfg, jnp.float32, True)
+        self.norm_encoder = rms_norm(dtype=jnp.float32, name="norm_encoder")
+        self.decoder = Decoder(cfg, jnp.float32, True)
+        self.norm_decoder = rms_norm(dtype=jnp.float32, name="norm_decoder")
+        self.head = nn.Dense(self.vocabulary, use_bias=False)
+
+    def encode(self, code_bt, length_b):
+        z, _ = self.encoder(lookup(self.codes, code_bt, jnp.float32) + self.position, length_b)
+        return self.norm_encoder(z)
+
+    def __call__(self, code_bt, length_b, target_bs):
+        read_bs = jnp.pad(target_bs[:, :-1], ((0, 0), (1, 0)), constant_values=self.vocabulary)
+        x = lookup(self.codes, read_bs, jnp.float32)[:, None]
+        x = self.decoder(x, self.encode(code_bt, length_b), length_b)[:, 0]
+        return self.head(self.norm_decoder(x))
+
+    def start(self, history):
+        """For `beam_search`: history = (codes `[B, T]`, lengths `[B]`)."""
+        return self.decoder.cross_cache(self.encode(*history), history[1]), BeamCache()
+
+    def decode_step(self, code, cross, cache, level):
+        """Logits over the whole vocabulary, as T5 has them."""
+        code = code if level else jnp.full_like(code, self.vocabulary)
+        x, cache = self.decoder.step(lookup(self.codes, code, jnp.float32), cross, cache)
+        return self.head(self.norm_decoder(x)), cache
 
 
 def batches(config: BenchmarkConfig, count=4):
@@ -143,8 +159,8 @@ def our_steps(config: BenchmarkConfig):
     return run, sum(x.size for x in jax.tree.leaves(params))
 
 
-def t5_steps(config: BenchmarkConfig):
-    """The same of transformers' T5."""
+def t5(config: BenchmarkConfig):
+    """transformers' T5 of the same sizes, and torch."""
     try:
         import torch
         from transformers import T5Config, T5ForConditionalGeneration
@@ -164,9 +180,17 @@ def t5_steps(config: BenchmarkConfig):
             dropout_rate=0.0,
             decoder_start_token_id=vocabulary,
             pad_token_id=vocabulary,
+            eos_token_id=None,
             tie_word_embeddings=False,
         )
-    ).train()
+    )
+    return model, torch
+
+
+def t5_steps(config: BenchmarkConfig):
+    """The same of T5."""
+    model, torch = t5(config)
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     data = [tuple(torch.from_numpy(x.astype(np.int64)) for x in pair) for pair in batches(config)]
     mask = torch.ones_like(data[0][0])

@@ -61,8 +61,6 @@ def beam_search(
     Raises:
       InputError: a filter without a trie.
     """
-    if filter is not None and trie is None:
-        raise InputError("filters mask nodes of a trie: search with trie=")
     spec = model.spec
     cross, cache = model.apply(variables, batch, method="start")
     users, codes = len(cross.length), spec.codebook_size
@@ -71,11 +69,7 @@ def beam_search(
     sid = jnp.zeros((users, 1, 0), jnp.int32)
     for level in range(spec.levels):
         logits_bwv, cache = model.apply(variables, code, cross, cache, level, method="decode_step")
-        exists_bwj = legal_bwj = None
-        if trie is not None:
-            exists_bwj = legal_bwj = trie.following(node, level)
-        if filter is not None:
-            legal_bwj = filter.legal(exists_bwj, node, level)
+        exists_bwj, legal_bwj = masks(trie, filter, node, level)
         score, index = top_k_of_rows(
             logits_bwv,
             score - jax.nn.logsumexp(logits_bwv, axis=-1),
@@ -83,27 +77,38 @@ def beam_search(
             legal_bwj,
         )
         parent, code = index // codes, index % codes
-        if trie is not None:
-            node = trie.child(
-                jnp.take_along_axis(node, parent, axis=1),
-                level,
-                jnp.take_along_axis(exists_bwj, parent[..., None], axis=1),
-                code,
-            )
-            node = jnp.where(jnp.isneginf(score), -1, node)
+        node = descend(trie, level, exists_bwj, node, parent, code, jnp.isneginf(score))
         sid = jnp.take_along_axis(sid, parent[..., None], axis=1)
         sid = jnp.concatenate([sid, code[..., None]], axis=-1)
         cache = cache.take(parent)
 
     dead = jnp.isneginf(score)
-    leaf = node if trie is not None else jnp.full_like(code, -1)
     sid = jnp.where(dead[..., None], -1, sid)
     missing = ((0, 0), (0, width - score.shape[1]))
     return Beams(
         sid=jnp.pad(sid, (*missing, (0, 0)), constant_values=-1),
         logp=jnp.pad(score, missing, constant_values=-jnp.inf),
-        leaf=jnp.pad(leaf, missing, constant_values=-1),
+        leaf=jnp.pad(node, missing, constant_values=-1),
     )
+
+
+def masks(trie, filter, node_bw, level):
+    """Packed masks of the codes that exist below nodes and of those that may follow; or None."""
+    if trie is None:
+        if filter is not None:
+            raise InputError("filters mask nodes of a trie: search with trie=")
+        return None, None
+    exists_bwj = trie.following(node_bw, level)
+    return exists_bwj, exists_bwj if filter is None else filter.legal(exists_bwj, node_bw, level)
+
+
+def descend(trie, level, exists_bwj, node_bw, parent_bw, code_bw, dead_bw):
+    """The nodes behind codes of `level` that beams chose; -1 for dead ones and without a trie."""
+    if trie is None:
+        return jnp.full_like(code_bw, -1)
+    node_bw = jnp.take_along_axis(node_bw, parent_bw, axis=1)
+    exists_bwj = jnp.take_along_axis(exists_bwj, parent_bw[..., None], axis=1)
+    return jnp.where(dead_bw, -1, trie.child(node_bw, level, exists_bwj, code_bw))
 
 
 def refuse_nan(beams: Beams) -> None:

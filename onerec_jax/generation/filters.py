@@ -34,25 +34,33 @@ class Filter:
 
         Args:
           words_bwj: uint32, packed, from `Trie.following`.
-          node_bw: int32, distinct nodes of `level`; -1 for dead beams.
+          node_bw: int32, nodes of `level`; -1 for dead beams.
         """
-        users, width, words = words_bwj.shape
-        order_bw = jnp.argsort(node_bw, axis=1)
-        sorted_bw = jnp.take_along_axis(node_bw, order_bw, axis=1)
-        parent_bx, code_bx = self.parent[:, level], self.code[:, level]
-        search = jax.vmap(lambda a, v: jnp.searchsorted(a, v, method="scan_unrolled"))
-        place_bx = jnp.minimum(search(sorted_bw, parent_bx), width - 1)
-        reached_bx = (parent_bx >= 0) & (
-            jnp.take_along_axis(sorted_bw, place_bx, axis=1) == parent_bx
+        listed_bwj = jax.vmap(_mask_of_listed, (0, 0, 0, None))(
+            node_bw, self.parent[:, level], self.code[:, level], words_bwj.shape[2]
         )
-        word_bx = jnp.take_along_axis(order_bw, place_bx, axis=1) * words + code_bx // 32
-        word_bx = jnp.where(reached_bx, word_bx, width * words)
-        bit_bx = jnp.uint32(1) << (code_bx % 32).astype(jnp.uint32)
-        # Listed nodes are distinct, so that sums of bits are unions.
-        listed = jnp.zeros((users, width * words), jnp.uint32)
-        listed = jax.vmap(lambda m, i, b: m.at[i].add(b, mode="drop"))(listed, word_bx, bit_bx)
-        listed = listed.reshape(words_bwj.shape)
-        return words_bwj & jnp.where(self.keep[:, None, None], listed, ~listed)
+        return words_bwj & jnp.where(self.keep[:, None, None], listed_bwj, ~listed_bwj)
+
+
+def _mask_of_listed(node_w, parent_x, code_x, words):
+    """The listed nodes of a user as masks of the beams above them, packed uint32 `[W, J]`."""
+    width = len(node_w)
+    order_w = jnp.argsort(node_w)
+    sorted_w = node_w[order_w]
+
+    def beam_at(node):
+        """The first of the beams at a node, and whether there is one."""
+        place = jnp.searchsorted(sorted_w, node, method="scan_unrolled")
+        place = jnp.minimum(place, width - 1)
+        return order_w[place], sorted_w[place] == node
+
+    beam_x, reached_x = beam_at(parent_x)
+    word_x = jnp.where(reached_x & (parent_x >= 0), beam_x * words + code_x // 32, width * words)
+    bit_x = jnp.uint32(1) << (code_x % 32).astype(jnp.uint32)
+    # Listed nodes are distinct, so that sums of bits are unions.
+    mask = jnp.zeros(width * words, jnp.uint32).at[word_x].add(bit_x, mode="drop")
+    # Draws may stand at the same node; beams never do.
+    return mask.reshape(width, words)[beam_at(node_w)[0]]
 
 
 class FilterBuilder:

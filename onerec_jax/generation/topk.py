@@ -59,7 +59,7 @@ def top_k_of_rows(x_bwv, offset_bw, k: int, legal_bwj=None):
     Args:
       x_bwv: float32 `[B, W, V]`: logits.
       offset_bw: float32 `[B, W]`, added to every value of a row: a beam's score less the row's
-        `logsumexp`. The maximum of a chunk's sums is the sum of its maximum, rounded alike.
+        `logsumexp`. It must be NaN if one of the row is, as a logsumexp is.
       k: at most W * V.
       legal_bwj: uint32 `[B, W, J]`, packed mask of each row, J = ceil(V / 32); others are -inf.
 
@@ -68,37 +68,30 @@ def top_k_of_rows(x_bwv, offset_bw, k: int, legal_bwj=None):
     """
     users, width, codes = x_bwv.shape
     if codes % CHUNK or width * codes < WORTHWHILE * k * CHUNK:
-        sum_bwv = offset_bw[..., None] + x_bwv
-        if legal_bwj is not None:
-            sum_bwv = jnp.where(unpack(legal_bwj, codes), sum_bwv, -jnp.inf)
+        sum_bwv = offset_bw[..., None] + _masked(x_bwv, legal_bwj)
         return _top_k(sum_bwv.reshape(users, -1), k)
 
-    def sums(x, offset, words):
-        # The mask comes first, for a NaN of the offset must show whatever is legal.
-        if words is not None:
-            x = jnp.where(unpack(words, CHUNK), x, -jnp.inf)
-        return _one_zero(offset[..., None] + x)
+    def pick(x, chunk_bk):
+        return jnp.take_along_axis(x, chunk_bk.reshape(*chunk_bk.shape, *(1,) * (x.ndim - 2)), 1)
 
     in_row = codes // CHUNK
     x_bcv = x_bwv.reshape(users, width * in_row, CHUNK)
     offset_bc = jnp.repeat(offset_bw, in_row, axis=1)
     words_bcj = None if legal_bwj is None else legal_bwj.reshape(users, -1, CHUNK // 32)
+    # One reduction over what was read. The sum of a maximum is the maximum of the sums: rounding
+    # keeps the order.
+    maxima_bc = _one_zero(offset_bc + _masked(x_bcv, words_bcj).max(-1))
 
     def members(chunk_bk):
-        return sums(
-            jnp.take_along_axis(x_bcv, chunk_bk[..., None], axis=1),
-            jnp.take_along_axis(offset_bc, chunk_bk, axis=1),
-            None
-            if words_bcj is None
-            else jnp.take_along_axis(words_bcj, chunk_bk[..., None], axis=1),
-        )
+        words = None if words_bcj is None else pick(words_bcj, chunk_bk)
+        x_bkv = _masked(pick(x_bcv, chunk_bk), words)
+        return _one_zero(pick(offset_bc, chunk_bk)[..., None] + x_bkv)
 
-    return _by_chunks(_maxima(sums(x_bcv, offset_bc, words_bcj)), members, k)
+    return _by_chunks(maxima_bc, members, k)
 
 
-def _maxima(x):
-    """Maxima of the last axis; NaN wins, which is not so in every backend's own maximum."""
-    return jnp.where(jnp.isnan(x).any(-1), jnp.nan, x.max(-1))
+def _masked(x, words):
+    return x if words is None else jnp.where(unpack(words, x.shape[-1]), x, -jnp.inf)
 
 
 def _one_zero(x):
@@ -115,8 +108,10 @@ def _top_k(x_bn, k):
     # Behind the row, so that what fills the last chunk loses every tie.
     x_bn = jnp.pad(x_bn, ((0, 0), (0, -n % CHUNK)), constant_values=-jnp.inf)
     x_bcv = x_bn.reshape(rows, -1, CHUNK)
+    # NaN must win, which is not so in every backend's own maximum.
+    maxima_bc = jnp.where(jnp.isnan(x_bcv).any(-1), jnp.nan, x_bcv.max(-1))
     return _by_chunks(
-        _maxima(x_bcv), lambda chunk: jnp.take_along_axis(x_bcv, chunk[..., None], axis=1), k
+        maxima_bc, lambda chunk: jnp.take_along_axis(x_bcv, chunk[..., None], axis=1), k
     )
 
 

@@ -31,6 +31,15 @@ def feature_width(cfg: ModelConfig, spec: FeatureSpec) -> int:
     return width + cfg.author_dim * bool("author" in cfg.features and spec.num_authors)
 
 
+def encoder_tokens(cfg: ModelConfig, spec: FeatureSpec, lengths: dict):
+    """Valid tokens of the encoder, of one user or int `[U]`; `lengths` as `forward_flops`."""
+    short, positive, lifelong = (
+        np.asarray(lengths[name], np.int64) for name in ("short", "positive", "lifelong")
+    )
+    static = bool(spec.static) and "static" in cfg.pathways
+    return short + positive + cfg.lifelong_queries * (lifelong > 0) + static
+
+
 def forward_flops(
     cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths: dict | None = None
 ) -> dict[str, int | np.ndarray]:
@@ -45,7 +54,7 @@ def forward_flops(
     lifelong, recent = lengths["lifelong"], lengths["short"] + lengths["positive"]
     queries = cfg.lifelong_queries * (lifelong > 0)
     static = bool(spec.static) and "static" in cfg.pathways
-    tokens, levels = recent + queries + static, spec.levels
+    tokens, levels = encoder_tokens(cfg, spec, lengths), spec.levels
 
     hidden = cfg.pathway_dim
     pathways = (recent + lifelong) * hidden * (width + d)
@@ -64,12 +73,8 @@ def forward_flops(
         + with_experts * experts
         + (cfg.encoder_layers - with_experts) * dense
     )
-    with_experts = cfg.expert_layers("decoder")
-    decoder = cfg.decoder_layers * 2 * tokens * d * d + targets * levels * (  # keys and values
-        cfg.decoder_layers * (4 * d * d + 2 * d * d + 2 * tokens * d + 2 * levels * d)
-        + with_experts * experts
-        + (cfg.decoder_layers - with_experts) * dense
-    )
+    decoder = cfg.decoder_layers * 2 * tokens * d * d  # keys and values
+    decoder = decoder + targets * levels * _decoder_macs(cfg, tokens, levels)
     heads = targets * levels * d * spec.codebook_size
     parts = {
         "pathways": pathways,
@@ -81,6 +86,33 @@ def forward_flops(
     if np.ndim(tokens):
         return {name: 2 * np.broadcast_to(macs, tokens.shape) for name, macs in parts.items()}
     return {name: 2 * int(macs) for name, macs in parts.items()}
+
+
+def _decoder_macs(cfg: ModelConfig, tokens, positions):
+    """Multiply-adds of one position in the decoder: it sees so many of the user and of its ID."""
+    d, with_experts = cfg.d_model, cfg.expert_layers("decoder")
+    experts = d * cfg.num_experts + cfg.experts_per_token * 3 * d * cfg.expert_dim
+    return (
+        cfg.decoder_layers * (6 * d * d + 2 * (tokens + positions) * d)
+        + with_experts * experts
+        + (cfg.decoder_layers - with_experts) * 2 * d * cfg.ff_dim
+    )
+
+
+def generation_flops(
+    cfg: ModelConfig, spec: FeatureSpec, width: int, lengths: dict | None = None
+) -> dict[str, int | np.ndarray]:
+    """FLOPs of one user's search with `width` beams, by part; arguments as `forward_flops`.
+
+    The first level is one row, a later one as many as there are beams before it.
+    """
+    parts, rows = forward_flops(cfg, spec, 0, lengths), 1
+    tokens = encoder_tokens(cfg, spec, full_lengths(cfg) if lengths is None else lengths)
+    for level in range(spec.levels):
+        parts["decoder"] = parts["decoder"] + 2 * rows * _decoder_macs(cfg, tokens, level + 1)
+        parts["heads"] = parts["heads"] + 2 * rows * cfg.d_model * spec.codebook_size
+        rows = min(width, rows * spec.codebook_size)
+    return {name: flops if np.ndim(flops) else int(flops) for name, flops in parts.items()}
 
 
 def train_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths=None):

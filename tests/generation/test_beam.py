@@ -11,6 +11,7 @@ import pytest
 
 from onerec_jax.errors import InputError
 from onerec_jax.generation.beam import beam_search, refuse_nan
+from onerec_jax.generation.sampling import sample, sample_without_replacement
 from onerec_jax.generation.trie import build_trie
 from onerec_jax.models.onerec import OneRec
 
@@ -241,3 +242,24 @@ def test_equal_scores_keep_the_order_of_parents_then_codes():
     np.testing.assert_allclose(found.logp, 3 * np.log(1 / V), rtol=1e-5)
     np.testing.assert_array_equal(found.sid, np.tile(IDS.leaf_sids[:6], (USERS, 1, 1)))
     np.testing.assert_array_equal(found.leaf, np.tile(np.arange(6), (USERS, 1)))
+
+
+@pytest.mark.parametrize("search", [beam_search, sample, sample_without_replacement])
+def test_users_are_encoded_once_and_the_first_level_has_one_row(search):
+    calls = []
+
+    class Recorded(helpers.ToyModel):
+        def apply(self, variables, *args, method):
+            calls.append((method, args[0].shape))
+            return super().apply(variables, *args, method=method)
+
+    model = Recorded(3, 4)
+    users = model.users(2)
+    if search is beam_search:
+        jax.eval_shape(functools.partial(search, model, width=10), None, users)
+    else:
+        keys = jax.random.split(jax.random.key(0), 2)
+        jax.eval_shape(functools.partial(search, model, count=10), None, users, keys)
+    assert [method for method, _ in calls] == ["start"] + ["decode_step"] * 3
+    rows = [shape[1] for _, shape in calls[1:]]
+    assert rows == [1, 10 if search is sample else 4, 10]

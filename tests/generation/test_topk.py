@@ -95,7 +95,9 @@ def test_nan_is_refused(n, sign):
     np.testing.assert_array_equal(value[0], by_sorting(x[:1], 3)[0][0])  # others are left alone
 
 
-def test_nan_among_logits_shows_even_where_nothing_is_legal():
-    x, words = np.zeros((1, 40, 512), np.float32), np.zeros((1, 40, 16), np.uint32)
-    value, _ = fast(top_k_of_rows)(x, np.full((1, 40), np.nan, np.float32), k=5, legal_bwj=words)
+@pytest.mark.parametrize("width", [2, 40])
+def test_nan_among_logits_shows_even_where_nothing_is_legal(width):
+    x, words = np.zeros((1, width, 512), np.float32), np.zeros((1, width, 16), np.uint32)
+    offset = np.full((1, width), np.nan, np.float32)
+    value, _ = fast(top_k_of_rows)(x, offset, k=10, legal_bwj=words)
     assert np.isnan(value).all()

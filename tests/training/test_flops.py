@@ -4,6 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 from helpers import bare_spec, full_spec, random_batch, tiny_config
 
@@ -14,6 +15,7 @@ from onerec_jax.training.flops import (
     VOCABULARIES,
     count_parameters,
     forward_flops,
+    generation_flops,
     nominal_inputs,
     train_flops,
 )
@@ -149,6 +151,26 @@ def test_targets_share_the_encoder():
     assert four["heads"] == 4 * one["heads"]
     keys = 2 * 2 * 2 * 10 * 16 * 16  # of the encoder's tokens: once a user
     assert four["decoder"] - keys == 4 * (one["decoder"] - keys)
+
+
+@pytest.mark.parametrize("width", [1, 4, 100])
+def test_generation_by_hand(width):
+    """One row, then as many as there are beams: at most 5, then 25 codes."""
+    cfg, spec = tiny_config(), full_spec()
+    one, found = forward_flops(cfg, spec), generation_flops(cfg, spec, width)
+    rows = [1, min(width, 5), min(width, 25)]
+    for name in ("pathways", "lifelong QFormer", "encoder"):
+        assert found[name] == one[name]
+    assert found["heads"] == 2 * sum(rows) * 16 * 5
+    d, layers, tokens = 16, 2, 10
+    keys = 2 * layers * 2 * tokens * d * d
+    experts = d * 8 + 2 * 3 * d * 12
+    layer = [6 * d * d + 2 * tokens * d + 2 * seen * d + experts for seen in (1, 2, 3)]
+    assert found["decoder"] == keys + 2 * layers * np.dot(rows, layer)
+    lengths = {"short": [4, 1], "positive": [3, 0], "lifelong": [6, 0]}
+    users = generation_flops(cfg, spec, width, lengths)
+    assert {name: flops[0] for name, flops in users.items()} == found
+    assert users["decoder"][1] < users["decoder"][0]
 
 
 def test_switched_off_parts_cost_nothing():
