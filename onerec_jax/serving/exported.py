@@ -253,11 +253,8 @@ class Exported:
             "target": np.zeros((1, 1, spec["levels"]), np.int32),
             "target_count": np.ones(1, np.int32),
         }
-        for name, chosen in (
-            ("short", everything),
-            ("positive", positive),
-            ("lifelong", everything),
-        ):
+        entries = {"short": everything, "positive": positive, "lifelong": everything}
+        for name, chosen in entries.items():
             for field, values in pathway(chosen, slots[name]).items():
                 arrays[f"{name}/{field}"] = values
         return rows, arrays

@@ -46,7 +46,6 @@ def histories(dataset):
 
 def test_features_are_those_of_the_library(recommender, exported):
     """Every array of the batch, for logs with holes, bare items and newcomers."""
-    assert set(FEEDBACK) <= set(exported.spec["positive"]["actions"]) | set(FEEDBACK)
     for now in (None, 2_000_000):
         for history in histories(recommender.run.dataset):
             batch, _ = recommender.gather([recommender.query(history, request_time_s=now)])
@@ -75,18 +74,16 @@ def test_lists_are_those_of_the_library(recommender, exported, options):
 
 
 def test_it_serves_without_the_code_of_the_model(folder):
-    code = (
-        "import sys\n"
-        "from onerec_jax.serving.exported import Exported\n"
-        f"lists = Exported.load({str(folder)!r}).recommend([[1, 2], []], n=3)\n"
-        "print([len(found) for found in lists])\n"
-        "print([m for m in ('flax', 'polars', 'orbax', 'optax', 'onerec_jax.models', 'onerec_jax.run')"
-        " if m in sys.modules])\n"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
-    assert found.stdout.splitlines() == ["[3, 3]", "[]"], found.stderr
+    code = f"""
+import sys
+from onerec_jax.serving.exported import Exported
+lists = Exported.load({str(folder)!r}).recommend([[1, 2], []], n=3)
+heavy = {{"flax", "polars", "orbax", "optax", "onerec_jax.models", "onerec_jax.run"}}
+print([len(found) for found in lists], sorted(heavy & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.stdout == "[3, 3] []\n", found.stderr
 
 
 def test_for_both_platforms_and_with_xla_attention_only(folder):
@@ -134,8 +131,6 @@ def test_bad_folders(recommender, folder, tmp_path, monkeypatch):
     weights.unlink()
     with pytest.raises(InputError, match="holds no exported model"):
         Exported.load(copy)
-    with pytest.raises(InputError, match="--platforms abacus"):
-        export_run(recommender, tmp_path / "x", ExportConfig(platforms=("abacus",)))
     monkeypatch.setattr(module, "_platform", lambda: "tpu")
     with pytest.raises(InputError, match="this is tpu"):
         Exported.load(folder)
