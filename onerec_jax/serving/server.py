@@ -12,7 +12,6 @@ Nothing that comes over the wire is unpickled, evaluated or used as a path.
 
 import asyncio
 import contextlib
-import logging
 import pathlib
 import signal
 import socket
@@ -46,7 +45,6 @@ PAGE_HEADERS = {
 """The page loads nothing and talks to no one else."""
 LONG = 256
 """Actions from which a history is checked in another thread than the one that reads sockets."""
-log = logging.getLogger("onerec_jax.serving")
 
 
 class Limits:
@@ -62,17 +60,20 @@ class Limits:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        start, status = time.perf_counter(), 0
+        start, status = time.perf_counter(), 500  # unless an answer begins
 
         async def counted(message):
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
-        error, body = await self._read(receive)
-        if error is not None:
-            await error(scope, receive, counted)
-        elif body is not None:
+        try:
+            error, body = await self._read(receive)
+            if error is not None:
+                return await error(scope, receive, counted)
+            if body is None:
+                status = 499  # the client is gone; nginx's number
+                return
 
             async def replay():
                 nonlocal body
@@ -82,9 +83,10 @@ class Limits:
                 return message
 
             await self.app(scope, replay, counted)
-        route = getattr(scope.get("route"), "path", "other")
-        self.metrics.requests.labels(route, status).inc()
-        self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
     async def _read(self, receive):
         """An answer that refuses, or the body; neither if the client is gone."""
