@@ -47,6 +47,7 @@ from onerec_jax.files import read_json
 from onerec_jax.inputs import FeatureConfig, PositiveRule
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.run import Run, settings_hash
+from onerec_jax.serving.recommender import Recommender
 from onerec_jax.sharding import MeshConfig, check_mesh, local_mesh, make_mesh
 from onerec_jax.tokenizer import report
 from onerec_jax.tokenizer.build import Files, TokenizerConfig, files_key, tokenize
@@ -366,17 +367,16 @@ def finished_report(run: Run, config: PretrainConfig) -> dict | None:
 def show_recommendations(config: PretrainConfig, run: Run, users: int = 3, n: int = 5) -> None:
     """A few users of the test part: what they did, what the model says, what came."""
     examples = target_examples(run.split.test_at)
-    recommender = recommend.Recommender(run, beam_width=config.evaluation.beam_width)
+    recommender = Recommender(run, run.load_best())
+    options = {"n": n, "beam_width": config.evaluation.beam_width}
     rng = np.random.default_rng(0)
     for i in rng.choice(len(examples), min(users, len(examples)), replace=False):
-        user, position = int(examples.user[i]), int(examples.position[i])
-        first = run.dataset.offsets[user]
-        history = run.dataset.item_rows[first : first + position]
-        print(f"\nuser {run.dataset.users['user_id'][user]}")
-        found = recommender(run.builder, user, position, n=n, seen=history)
-        recommend.show(run, history, *found)
-        target = run.dataset.item_rows[first + position]
-        print(f"what came next: {recommend.describe(run, target)[1]}")
+        user, position = recommender.catalogue.users[examples.user[i]], int(examples.position[i])
+        life = recommender.catalogue.history(examples.user[i])
+        (listed,) = recommender.recommend([user], position=position, **options)
+        print(f"\nuser {user}")
+        recommend.show(recommender.catalogue, life[:position], listed)
+        print(f"what came next: {recommender.catalogue.title(life[position])}")
 
 
 def describe_model(config: PretrainConfig) -> None:
