@@ -64,7 +64,7 @@ def test_the_rule_says_what_comes_next(trained):
 
 def test_for_a_history_of_your_own(trained, capsys):
     history = [2, 9, 16, 23, 30]
-    run([trained.folder, "--history", ",".join(f"{item + 100}" for item in history), "--n", 10])
+    run([trained.folder, "--history", ",".join(f"{item + 100}" for item in history), "--n", 3])
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith("history, 5 actions, … ")
     assert " | ".join(title(item) for item in history) in printed
