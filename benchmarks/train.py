@@ -113,16 +113,9 @@ def main(config: BenchmarkConfig) -> None:
     lengths = [
         lengths_of(config.lengths, cfg, config.users, np.random.default_rng(s)) for s in range(2)
     ]
-    useful = float(
-        np.mean([train_flops(cfg, spec, config.targets_per_user, k).sum() for k in lengths])
-    )
     dropped = float(metrics.get("dropped", 0))
-    copy = 3 * 2 * 3 * cfg.d_model * cfg.expert_dim  # of one token by one expert
-    for stack in ("encoder", "decoder"):
-        tokens = config.users * config.targets_per_user * spec.levels
-        if stack == "encoder":
-            tokens = np.mean([encoder_tokens(cfg, k).sum() for k in lengths])
-        useful -= dropped * copy * cfg.experts_per_token * cfg.expert_layers(stack) * tokens
+    useful = [train_flops(cfg, spec, config.targets_per_user, k, dropped).sum() for k in lengths]
+    tflops = float(np.mean(useful)) / seconds / devices / 1e12
     device = jax.devices()[0]
     peak = peak_flops(device)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -137,8 +130,8 @@ def main(config: BenchmarkConfig) -> None:
         "step_s": seconds,
         "users_s": config.users / seconds,
         "targets_s": config.users * config.targets_per_user / seconds,
-        "useful_tflops": useful / seconds / devices / 1e12,
-        "mfu": useful / seconds / devices / peak if peak else None,
+        "useful_tflops": tflops,
+        "mfu": 1e12 * tflops / peak if peak else None,
         "peak_gib": allocated / 2**30,
         "temporary_gib": memory.temp_size_in_bytes / 2**30 if memory else None,
         "loss": float(metrics["loss"]),
@@ -167,12 +160,6 @@ def main(config: BenchmarkConfig) -> None:
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(config.out.read_text())
     write_text(config.out, json.dumps([*earlier, result], indent=1) + "\n")
-
-
-def encoder_tokens(cfg: ModelConfig, lengths) -> np.ndarray:
-    """Valid tokens of the encoder of each user, int `[U]`."""
-    queries = cfg.lifelong_queries * (lengths["lifelong"] > 0)
-    return lengths["short"] + lengths["positive"] + queries + ("static" in cfg.pathways)
 
 
 def run_command(argv: list[str] | None = None) -> None:
