@@ -111,6 +111,9 @@ leaky_relu.defvjp(_leaky_forward, _leaky_backward)
 gelu = jax.checkpoint(nn.gelu)
 swiglu = jax.checkpoint(lambda gate, up: nn.silu(gate) * up)
 
+ACTIVATIONS = {"gelu": gelu, "relu": nn.relu}
+"""Of dense feed-forward layers, by `ModelConfig.activation`."""
+
 
 def embedding(size, width, *, axes=("vocabulary", "embed")):
     """Initialiser and shape of an embedding table, for `Module.param`.
@@ -234,13 +237,15 @@ class Projections(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Dense feed-forward layer: two matrices and GELU. `[..., D] -> [..., D]`."""
+    """Dense feed-forward layer: two matrices around one of ACTIVATIONS. `[..., D] -> [..., D]`."""
 
     hidden: int
     dtype: Dtype
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x):
         d_model = x.shape[-1]
         h = dense(self.hidden, axes=("embed", "ff"), dtype=self.dtype, name="w_in")(x)
-        return dense(d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out")(gelu(h))
+        h = ACTIVATIONS[self.activation](h)
+        return dense(d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out")(h)
