@@ -1,10 +1,10 @@
 """A TIGER-shaped model on the CPU, ours beside transformers' T5: `python -m benchmarks.train_cpu`.
 
 Encoder-decoder over semantic IDs as in TIGER (arXiv 2305.05065): 20 items of three codes each in,
-three codes out, width 128, 4 + 4 layers. Both models have the same sizes, the same activation (ReLU,
-T5's own: the same shape means the same arithmetic), the same batches, AdamW, float32, no dropout and
-all cores; both are timed in turns in one process, so that a busy machine slows both. Tokens are
-those of encoder and decoder. T5 runs as it comes, eagerly.
+three codes out, width 128, 4 + 4 layers. Both models have the same sizes, the same activation
+(ReLU, T5's own: the same shape means the same arithmetic), the same batches, AdamW, float32, no
+dropout and all cores; both are timed in turns in one process, so that a busy machine slows both.
+Tokens are those of encoder and decoder. T5 runs as it comes, eagerly.
 
     pip install torch transformers   # the extra `text` has them
     python -m benchmarks.train_cpu

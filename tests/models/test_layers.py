@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from onerec_jax.models.layers import FeedForward, Projections, attention, rms_norm
+from onerec_jax.models.layers import FeedForward, Projections, attention, cpu_product, rms_norm
 from onerec_jax.models.onerec import OneRec
 
 B, S, T, H, K = 4, 3, 5, 2, 4
@@ -145,3 +145,25 @@ def test_projections_split_and_join_heads():
     chex.assert_trees_all_close(np.asarray(q), expected, atol=1e-5)
     expected = np.einsum("bthk,hkd->btd", expected, kernels["o"])
     chex.assert_trees_all_close(np.asarray(y), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "axes"),
+    [
+        ((2, 3, 8), (8, 4), 1),
+        ((2, 3, 4), (4, 8), 1),
+        ((5, 8), (8, 2, 2), 1),
+        ((2, 3, 2, 4), (2, 4, 5), 2),
+    ],
+    ids=["narrower", "wider", "heads", "joined"],
+)
+def test_the_product_for_cpus_and_its_gradients(x, w, axes):
+    """As `jnp.tensordot` and its own gradients, to the types and the last digit but one."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (x, w))
+    y, back = jax.vjp(lambda x, w: cpu_product(x, w, axes), x, w)
+    expected, expected_back = jax.vjp(lambda x, w: jnp.tensordot(x, w, axes), x, w)
+    gradient = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+    actual = y, *back(gradient)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, (expected, x, w))
+    chex.assert_trees_all_close(actual, (expected, *expected_back(gradient)), rtol=1e-5, atol=1e-6)
