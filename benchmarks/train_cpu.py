@@ -217,7 +217,7 @@ def main(config: BenchmarkConfig) -> None:
     print(f"float32 product of this machine: {product:,.0f} GFLOP/s")
     record = {
         "command": shlex.join(["python", "-m", "benchmarks.train_cpu", *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "jax": jax.__version__,
         "settings": dataclasses.asdict(config),
         "tokens_s": rates,

@@ -1,5 +1,6 @@
 """One training step: loss, randomness, router bias, types; the same numbers on every mesh."""
 
+import itertools
 import re
 
 import chex
@@ -12,7 +13,7 @@ import pytest
 from helpers import bare_spec, random_batch, tiny_config
 
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.sharding import make_mesh, put_batch
+from onerec_jax.sharding import AXES, make_mesh, put_batch
 from onerec_jax.training import step as step_module
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
@@ -167,6 +168,32 @@ def test_same_losses_on_every_mesh(histories, mesh):
     assert len({float(row["loss"]) for row in one}) == STEPS
     expected = jax.device_get(histories[ONE][1][-1].router)
     chex.assert_trees_all_equal(jax.device_get(states[-1].router), expected)
+
+
+def losses(mesh, start=None):
+    """Initial state, and losses of STEPS steps, of a smaller model that every axis divides."""
+    trainer = make_trainer(mesh, decoder_layers=1, num_heads=8, expert_dim=16)
+    start = start or jax.device_get(trainer.init(0))
+    state, found = jax.device_put(start, trainer.shardings), []
+    for seed in range(STEPS):
+        state, metrics = trainer.step(state, put_batch(batch_of(seed), trainer.mesh))
+        found.append(jax.device_get(metrics["loss"]))
+    return start, found
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return losses(ONE)
+
+
+@pytest.mark.parametrize(
+    ("axis", "devices"), [*itertools.product(AXES, (2, 4)), ("tensor", 8)], ids=str
+)
+def test_same_losses_over_one_axis(one_device, axis, devices):
+    """Eight devices along the other axes are among MESHES."""
+    start, expected = one_device
+    mesh = tuple(devices if name == axis else 1 for name in ("data", "expert", "fsdp", "tensor"))
+    np.testing.assert_allclose(losses(mesh, start)[1], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
