@@ -213,11 +213,11 @@ def main(config: BenchmarkConfig) -> None:
         spread = f"[{min(values):,.0f}, {max(values):,.0f}]"
         print(f"{name}: {np.median(values):,.0f} tokens/s {spread}")
     print(f"ours / T5: {np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]")
-    product = product_rate()
+    product, cores = product_rate(), len(os.sched_getaffinity(0))
     print(f"float32 product of this machine: {product:,.0f} GFLOP/s")
     record = {
         "command": shlex.join(["python", "-m", "benchmarks.train_cpu", *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{platform.processor() or platform.machine()}, {cores} cores",
         "jax": jax.__version__,
         "settings": dataclasses.asdict(config),
         "tokens_s": rates,
