@@ -333,7 +333,9 @@ def train(config: PretrainConfig, run, mesh):
 
 def work(run: Run, batch) -> Work:
     """Of a training step on a batch, padding left out."""
-    lengths = {name: getattr(batch, name).length for name in ("short", "positive", "lifelong")}
+    names = "short", "positive", "lifelong"
+    # Copies: a view would keep the whole batch until the FLOPs are asked for.
+    lengths = {name: np.array(getattr(batch, name).length) for name in names}
     mean = float(batch.target_count.mean())
 
     def flops(dropped: float) -> float:
