@@ -28,7 +28,7 @@ from onerec_jax.errors import require_at_least
 from onerec_jax.files import write_text
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh, put_batch
-from onerec_jax.training.flops import encoder_tokens, train_flops
+from onerec_jax.training.flops import train_flops
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.profile import ONE_BY_ONE, by_part, kernels, peak_flops
 from onerec_jax.training.step import Trainer
@@ -116,16 +116,9 @@ def main(config: BenchmarkConfig) -> None:
     lengths = [
         lengths_of(config.lengths, cfg, config.users, np.random.default_rng(s)) for s in range(2)
     ]
-    useful = float(
-        np.mean([train_flops(cfg, spec, config.targets_per_user, k).sum() for k in lengths])
-    )
     dropped = float(metrics.get("dropped", 0))
-    copy = 3 * 2 * 3 * cfg.d_model * cfg.expert_dim  # of one token by one expert
-    for stack in ("encoder", "decoder"):
-        tokens = config.users * config.targets_per_user * spec.levels
-        if stack == "encoder":
-            tokens = np.mean([encoder_tokens(cfg, spec, k).sum() for k in lengths])
-        useful -= dropped * copy * cfg.experts_per_token * cfg.expert_layers(stack) * tokens
+    useful = [train_flops(cfg, spec, config.targets_per_user, k, dropped).sum() for k in lengths]
+    tflops = float(np.mean(useful)) / seconds / devices / 1e12
     device = jax.devices()[0]
     peak = peak_flops(device)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -140,8 +133,8 @@ def main(config: BenchmarkConfig) -> None:
         "step_s": seconds,
         "users_s": config.users / seconds,
         "targets_s": config.users * config.targets_per_user / seconds,
-        "useful_tflops": useful / seconds / devices / 1e12,
-        "mfu": useful / seconds / devices / peak if peak else None,
+        "useful_tflops": tflops,
+        "mfu": 1e12 * tflops / peak if peak else None,
         "peak_gib": allocated / 2**30,
         "temporary_gib": memory.temp_size_in_bytes / 2**30 if memory else None,
         "loss": float(metrics["loss"]),

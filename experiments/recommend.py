@@ -1,4 +1,11 @@
-"""Recommendations in words: `python -m experiments.recommend RUN --user 42`."""
+"""Recommendations of a finished run: in words for one user, or as a table for many.
+
+    python -m experiments.recommend RUN --user 42
+    python -m experiments.recommend RUN --history 31,7,12
+    python -m experiments.recommend RUN --users users.txt --out lists.parquet
+
+A killed batch goes on where it was when the same command is given again.
+"""
 
 import dataclasses
 import pathlib
@@ -10,18 +17,16 @@ import rich.table
 import tyro
 
 from onerec_jax import cli
-from onerec_jax.data.batches import BatchBuilder, log_from_histories
-from onerec_jax.data.examples import Examples
-from onerec_jax.data.features import uncompressed
-from onerec_jax.errors import InputError
-from onerec_jax.generation.generator import drop_seen, expand_leaves
-from onerec_jax.run import Run
+from onerec_jax.errors import InputError, require_at_least
+from onerec_jax.serving.bulk import BulkConfig, recommend_to_file
+from onerec_jax.serving.catalogue import Catalogue
+from onerec_jax.serving.recommender import Recommended, Recommender
 from onerec_jax.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class RecommendConfig:
-    """Recommend items to one user of a finished run."""
+    """Recommend items to users of a finished run."""
 
     run: Annotated[pathlib.Path, tyro.conf.Positional]
     """Run folder."""
@@ -29,19 +34,27 @@ class RecommendConfig:
     """User id of the data set; the whole log of the user is the history."""
     history: str | None = None
     """Item ids, oldest first, separated by commas: a history of your own."""
+    users: pathlib.Path | None = None
+    """File of user ids: .txt, one a line; .parquet or .csv with a column user_id. "all": everyone
+    of the data set."""
+    out: pathlib.Path | None = None
+    """Parquet file to write for --users: user_id, place, item_id, logp, semantic_id."""
     n: int = 10
     """Items to return."""
     beam_width: int = 64
     include_seen: bool = False
     """Recommend items of the history too."""
+    batch_size: int = 256
+    """Users at once, of --users."""
+    devices: int = 1
+    """That share the users of a batch; 0: all."""
 
-
-def row_of(values, wanted: str, what: str, flag: str) -> int:
-    """Row of an id, whatever its type in the table."""
-    found = np.flatnonzero(values.cast(str).to_numpy() == wanted.strip())
-    if not len(found):
-        raise InputError(f"{flag}: the data set has no {what} '{wanted.strip()}'")
-    return int(found[0])
+    def __post_init__(self):
+        require_at_least(self, "", n=1, beam_width=1, batch_size=1, devices=0)
+        if sum(x is not None for x in (self.user, self.history, self.users)) != 1:
+            raise InputError("give one of --user ID, --history ID,ID,… and --users FILE")
+        if (self.users is None) != (self.out is None):
+            raise InputError("--users and --out belong together: give both or neither")
 
 
 def split_ids(text: str) -> list[str]:
@@ -52,74 +65,40 @@ def split_ids(text: str) -> list[str]:
     return ids
 
 
-class Recommender:
-    """A loaded model and its compiled search, for one user at a time."""
-
-    def __init__(self, run: Run, *, beam_width: int):
-        self.run, self.variables = run, run.load_best()
-        self.generator = run.generator(make_mesh(data=1), beam_width=beam_width, batch_size=1)
-
-    def __call__(self, builder: BatchBuilder, user: int, position: int, *, n: int, seen=()):
-        """Item rows and log-probabilities of their IDs, best first, at most n of each.
-
-        The history is the first `position` actions of `user` in the builder's log; items in `seen`
-        are left out, so a list is shorter than n if the beams hold too few others.
-        """
-        example = Examples(np.array([user], np.int32), np.array([position], np.int32))
-        (beams,) = self.generator.beams(self.variables, builder, example)
-        lists = expand_leaves(
-            beams.leaf, self.generator.offsets, self.generator.items, n + len(seen)
-        )
-        (items,) = drop_seen(lists, [seen], n)
-        items = items[items >= 0]
-        logp = dict(zip(beams.leaf[0].tolist(), beams.logp[0].tolist(), strict=True))
-        return items, [logp[int(self.run.ids.leaf_of_item[item])] for item in items]
-
-
-def describe(run: Run, row: int) -> tuple[str, str]:
-    """Id and title of an item."""
-    item = run.dataset.items.row(int(row), named=True)
-    return str(item["item_id"]), item.get("title") or f"item {item['item_id']}"
-
-
-def show(run: Run, history, items, logp) -> None:
+def show(catalogue: Catalogue, history: np.ndarray, listed: list[Recommended]) -> None:
     """Print the latest actions and the recommendations."""
     console = rich.console.Console(soft_wrap=True, highlight=False, markup=False)
-    latest = [describe(run, row)[1] for row in history[-5:]]
+    latest = [catalogue.title(row) for row in history[-5:]]
     console.print(f"history, {len(history)} actions, … " + " | ".join(latest))
     table = rich.table.Table()
     for name in ("", "item", "id", "semantic ID", "log P"):
         table.add_column(name, justify="right" if name in ("", "log P") else "left")
-    for place, (row, value) in enumerate(zip(items, logp, strict=True)):
-        item_id, title = describe(run, row)
-        sid = "-".join(map(str, run.ids.sids[row]))
-        table.add_row(f"{place + 1}", title, item_id, sid, f"{value:.2f}")
+    for place, item in enumerate(listed, 1):
+        sid = "-".join(map(str, item.semantic_id))
+        table.add_row(f"{place}", item.title, f"{item.item_id}", sid, f"{item.logp:.2f}")
     console.print(table)
 
 
 def main(config: RecommendConfig) -> None:
-    """Recommend to one user."""
-    if (config.user is None) == (config.history is None):
-        raise InputError("give either --user ID or --history ID,ID,…")
-    if min(config.n, config.beam_width) < 1:
-        raise InputError(f"--n {config.n} and --beam-width {config.beam_width} must be positive")
-    run = Run.open(config.run)
-    if config.history is not None:
-        ids = run.dataset.items["item_id"]
-        rows = [row_of(ids, text, "item", "--history") for text in split_ids(config.history)]
-        log = log_from_histories([rows], run.spec)
-        lives = uncompressed(log) if run.spec.clustered else None
-        builder = BatchBuilder(log, run.builder.items, run.model_config, lives)
-        user, position = 0, len(rows)
-    else:
-        builder = run.builder
-        user = row_of(run.dataset.users["user_id"], config.user, "user", "--user")
-        position = int(np.diff(run.dataset.offsets)[user])
-    first = builder.log.offsets[user]
-    history = builder.log.item[first : first + position]
-    seen = () if config.include_seen else history
-    recommender = Recommender(run, beam_width=config.beam_width)
-    show(run, history, *recommender(builder, user, position, n=config.n, seen=seen))
+    """Recommend to one user, or to many."""
+    recommender = Recommender.load(config.run, mesh=make_mesh(data=config.devices))
+    options = {
+        "n": config.n,
+        "beam_width": config.beam_width,
+        "include_seen": config.include_seen,
+    }
+    if config.users is not None:
+        bulk = BulkConfig(**options, batch_size=config.batch_size)
+        recommend_to_file(recommender, config.users, config.out, bulk)
+        return
+    history = config.user if config.history is None else split_ids(config.history)
+    try:
+        query = recommender.query(history, **options)
+    except InputError as error:
+        flag = "--user" if config.history is None else "--history"
+        raise InputError(f"{flag}: {error}") from error
+    (listed,) = recommender.recommend([history], **options)
+    show(recommender.catalogue, query.history, listed)
 
 
 if __name__ == "__main__":

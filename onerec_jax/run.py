@@ -7,6 +7,7 @@ checkpoints/      latest and best
 report.json/.md   results; plots beside them
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -51,6 +52,10 @@ class Run:
     spec: FeatureSpec
     snapshots: Snapshots | None = None
     """Compressed lives, if the run uses them."""
+    trained_on: Dataset | None = None
+    """The data set of the training, where `dataset` is a newer one to serve."""
+    training: bool = False
+    """Whether this process may write checkpoints; others only read them."""
 
     @classmethod
     def create(
@@ -97,7 +102,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "features.json", spec.to_json())
             write_text(path, json.dumps(config, indent=1))
-        return cls(folder, config, dataset, ids, spec, snapshots)
+        return cls(folder, config, dataset, ids, spec, snapshots, training=True)
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "Run":
@@ -132,6 +137,13 @@ class Run:
                 )
         return cls(folder, config, dataset, ids, spec, snapshots)
 
+    def again(self) -> "Run":
+        """The same run with its checkpoints looked at anew; the tables stay as they are."""
+        run = copy.copy(self)
+        for name in ("checkpoints", "best_step"):
+            run.__dict__.pop(name, None)
+        return run
+
     @functools.cached_property
     def model_config(self) -> ModelConfig:
         return ModelConfig(**self.config["settings"]["model"])
@@ -160,7 +172,7 @@ class Run:
     @functools.cached_property
     def builder(self) -> BatchBuilder:
         """Builds batches from the run's own log."""
-        items = item_features(self.dataset, self.split, self.ids, self.spec)
+        items = item_features(self.dataset, self.split, self.ids, self.spec, self.trained_on)
         lives = None if self.snapshots is None else lifelong_log(self.snapshots, self.spec)
         return BatchBuilder(action_log(self.dataset, self.spec), items, self.model_config, lives)
 
@@ -174,7 +186,7 @@ class Run:
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
         """Checkpoints of the run; the folder is made with the first."""
-        return Checkpoints(self.folder / "checkpoints")
+        return Checkpoints(self.folder / "checkpoints", cleanup=self.training)
 
     @property
     def _latest(self) -> int | None:

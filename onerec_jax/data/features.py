@@ -196,9 +196,17 @@ class ActionLog:
 
 
 def item_features(
-    dataset: Dataset, split: Split, ids: SemanticIds, spec: FeatureSpec
+    dataset: Dataset,
+    split: Split,
+    ids: SemanticIds,
+    spec: FeatureSpec,
+    trained_on: Dataset | None = None,
 ) -> ItemFeatures:
-    """Arrays of item features for `spec`."""
+    """Arrays of item features for `spec`.
+
+    Args:
+      trained_on: the data set that `spec` was collected from, if it is another one.
+    """
     tags = author = duration = None
     if spec.tags:
         tags = np.zeros((dataset.num_items, spec.tags_per_item), np.int32)
@@ -214,7 +222,8 @@ def item_features(
         if spec.authors_hashed:
             author = _hashed(authors, spec.num_authors)
         else:
-            author = _index(authors, _vocabulary(authors))
+            known = dataset if trained_on is None else trained_on
+            author = _index(authors, _vocabulary(known.items["author_id"]))
     if spec.has_duration:
         duration = log_bucket(item_durations(dataset, split), 4)
     return ItemFeatures(ids.sids, tags, author, duration)

@@ -21,8 +21,12 @@ _training = ocp.training
 class Checkpoints:
     """Checkpoints of one run: the latest to resume from, the best to serve."""
 
-    def __init__(self, folder: pathlib.Path, *, metric: str = "score"):
-        """Opens `folder`; of all steps the latest and the one with the highest `metric` stay."""
+    def __init__(self, folder: pathlib.Path, *, metric: str = "score", cleanup: bool = True):
+        """Opens `folder`; of all steps the latest and the one with the highest `metric` stay.
+
+        Args:
+          cleanup: remove what killed saves left. A reader must not: it may be a save in progress.
+        """
         self.folder = pathlib.Path(folder)
         policies = _training.preservation_policies
         self._checkpointer = _training.Checkpointer(
@@ -34,7 +38,7 @@ class Checkpoints:
                     policies.BestN(get_metric_fn=lambda m: (m[metric], -m["step"]), n=1),
                 ]
             ),
-            cleanup_tmp_directories=True,  # of saves that were killed
+            cleanup_tmp_directories=cleanup,
         )
         self._writing = None
 

@@ -1,0 +1,1 @@
+"""From a run folder to answers: in Python, over HTTP, or as an exported file."""
