@@ -1,4 +1,4 @@
-"""Dynamic batching: requests of many threads, answered together by one.
+"""Dynamic batching: requests of many threads, answered together.
 
 A batch leaves when it is full, or when its oldest request has waited as long as it may. Only
 requests with the same key share a batch. The queue is bounded: what does not fit is refused at
@@ -23,7 +23,7 @@ class QueueFull(Exception):
 
 
 class Batcher:
-    """A bounded queue and the thread that empties it."""
+    """A bounded queue and the threads that empty it."""
 
     def __init__(
         self,
@@ -33,14 +33,16 @@ class Batcher:
         max_users: int,
         wait_s: float,
         max_queue: int,
+        threads: int = 1,
     ):
-        """Starts the thread.
+        """Starts the threads.
 
         Args:
           answer: requests of one key, at most `max_users`, to as many results.
           key: what a batch's requests have in common.
           wait_s: longest time that a request waits for others to come.
           max_queue: requests that may wait.
+          threads: batches in the making at a time; `answer` is called by all of them.
         """
         self.max_users, self.wait_s, self.max_queue = max_users, wait_s, max_queue
         self._answer, self._key = answer, key
@@ -49,8 +51,11 @@ class Batcher:
         self._closed = False
         self._length = 0
         self._batch_s = 0.0  # of the latest batch
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name="batcher", daemon=True) for _ in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __len__(self):
         """Requests that wait."""
@@ -77,8 +82,9 @@ class Batcher:
         """Takes no more requests and returns when those that wait are answered."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _take(self) -> list:
         """The next batch; empty when closed and done."""

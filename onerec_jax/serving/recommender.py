@@ -326,14 +326,19 @@ class Recommender:
             found.append((rows[kept], np.repeat(logp, count)[kept]))
         return found
 
-    def searched(self, parts: Iterable[Sequence[Query]], users: int | None = None):
-        """Yields every part of queries with its beams, one width a part.
+    def searched(
+        self,
+        parts: Iterable[Sequence[Query]],
+        users: int | None = None,
+        filter_size: int | None = None,
+    ):
+        """Yields every part of queries with its beams, one width a part; see `gather`.
 
         The next part is gathered while the device searches for the one before.
         """
         before = None
         for part in parts:
-            found = self.search(*self.gather(part, users), part[0].beam_width)
+            found = self.search(*self.gather(part, users, filter_size), part[0].beam_width)
             if before is not None:
                 yield before[0], fetch(before[1])
             before = part, found

@@ -38,12 +38,14 @@ class Service:
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._seen, self._retry_at, self._complaint = None, 0.0, ""
+        self._device = threading.Lock()
         self.batcher = Batcher(
             self._answer,
             lambda query: (query[0].recommender, query[0].beam_width),
             max_users=config.users[-1],
             wait_s=config.wait_ms / 1e3,
             max_queue=config.max_queue,
+            threads=2,  # while one searches, the other gathers the next batch
         )
         self.metrics.queue.set_function(lambda: len(self.batcher))
 
@@ -96,7 +98,9 @@ class Service:
         size = next(users for users in self.config.users if users >= len(queries))
         batch = recommender.gather(queries, size, self.config.filter_size)
         clock.append(time.perf_counter())
-        beams = fetch(recommender.search(*batch, queries[0].beam_width))
+        with self._device:
+            clock.append(time.perf_counter())
+            beams = fetch(recommender.search(*batch, queries[0].beam_width))
         clock.append(time.perf_counter())
         lists = [
             [

@@ -82,22 +82,25 @@ def make_run(folder: pathlib.Path) -> pathlib.Path:
     return folder / "run"
 
 
-def grow(folder, run, *, codebooks=None):
-    """The data set with three items and an author more, and semantic IDs for it."""
+def grow(folder, run, *, codebooks=None, new_ids=True):
+    """The data set with three items and an author more, and semantic IDs for it.
+
+    Without `new_ids` the new items share those of others: the trie stays, nothing is compiled.
+    """
     items = run.dataset.table("items")
     new = items.tail(3).with_columns(pl.col("item_id") + 100, author_id=pl.lit("Aaron"))
     grown = dataclasses.replace(run.dataset, items=pl.concat([items, new]))
     save_dataset(grown, folder / "data")
     dataset = load_dataset(folder / "data")
-    sids = np.concatenate([run.ids.sids, (run.ids.sids[:3] + 1) % 5])
+    sids = np.concatenate([run.ids.sids, (run.ids.sids[:3] + new_ids) % 5])
     manifest = run.ids.manifest | {"dataset_fingerprint": dataset.fingerprint}
     books = run.ids.codebooks if codebooks is None else codebooks
     SemanticIds(sids, books, manifest).save(folder / "ids")
     return folder / "data", folder / "ids"
 
 
-def publish_grown(run_folder, folder) -> None:
-    publish(run_folder, *grow(folder, Run.open(run_folder)))
+def publish_grown(run_folder, folder, **options) -> None:
+    publish(run_folder, *grow(folder, Run.open(run_folder), **options))
 
 
 SERVICE = ServiceConfig(widths=(4, 12), users=(4,), max_n=10, max_history=50, wait_ms=2)

@@ -33,18 +33,19 @@ def answers():
     return Answers()
 
 
-def test_many_threads_get_their_own_answers(answers):
-    queue = batcher(answers, max_queue=1000)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_threads_get_their_own_answers(answers, threads):
+    queue = batcher(answers, max_queue=1000, threads=threads)
     found = {}
 
     def ask(start):
         for number in range(start, start + 50):
             found[number] = queue.submit(2 * number).result(30)
 
-    threads = [threading.Thread(target=ask, args=(50 * i,)) for i in range(8)]
-    for thread in threads:
+    askers = [threading.Thread(target=ask, args=(50 * i,)) for i in range(8)]
+    for thread in askers:
         thread.start()
-    for thread in threads:
+    for thread in askers:
         thread.join()
     queue.close()
     assert found == {number: 4 * number for number in range(400)}
@@ -120,7 +121,7 @@ def test_who_gives_up_is_not_computed(answers):
 
 
 def test_closing_answers_what_waits_and_takes_no_more(answers):
-    queue = batcher(answers, wait_s=60.0)
+    queue = batcher(answers, wait_s=60.0, threads=2)
     futures = [queue.submit(2), queue.submit(3)]
     queue.close()
     assert [future.result(0) for future in futures] == [4, 6]
