@@ -66,7 +66,7 @@ class Service:
         self._stop.set()
         self.batcher.close()
         if self._watcher.is_alive():
-            self._watcher.join()
+            self._watcher.join(10)  # it may be compiling, which nothing interrupts
 
     # ------------------------------------------------------------------------------- requests
 
@@ -181,6 +181,13 @@ class Service:
             self.reload()
             sample, self._sample = self._sample, None
             if sample is not None:
-                legal, total = sample.recommender.legality(sample, self.config.widths[0])
-                self.metrics.ids.labels("true").inc(legal)
-                self.metrics.ids.labels("false").inc(total - legal)
+                self._measure_legality(sample)
+
+    def _measure_legality(self, query: Query) -> None:
+        try:
+            legal, total = query.recommender.legality(query, self.config.widths[0])
+        except Exception as error:  # a measurement must not end the watch
+            self._say(f"legality was not measured: {error}")
+            return
+        self.metrics.ids.labels("true").inc(legal)
+        self.metrics.ids.labels("false").inc(total - legal)

@@ -127,3 +127,23 @@ def test_closing_answers_what_waits_and_takes_no_more(answers):
     assert [future.result(0) for future in futures] == [4, 6]
     with pytest.raises(QueueFull):
         queue.submit(4)
+
+
+def test_a_part_of_a_batch_does_not_go_and_wait_behind_another(answers):
+    """With two threads, what cannot be answered yet stays open for others; a full batch goes."""
+    answers.go.clear()
+    queue = batcher(answers, wait_s=0.0, threads=2)
+    first = queue.submit(0)
+    while not answers.batches:
+        time.sleep(0.001)
+    second = [queue.submit(2), queue.submit(4)]
+    time.sleep(0.05)
+    assert answers.batches == [[0]]
+    second += [queue.submit(6), queue.submit(8)]
+    while len(answers.batches) < 2:
+        time.sleep(0.001)
+    third = queue.submit(10)
+    answers.go.set()
+    assert [future.result(30) for future in (first, *second, third)] == [0, 4, 8, 12, 16, 20]
+    queue.close()
+    assert answers.batches == [[0], [2, 4, 6, 8], [10]]

@@ -16,6 +16,7 @@ import serving_world
 from onerec_jax.distributed import fetch
 from onerec_jax.errors import InputError
 from onerec_jax.run import Run
+from onerec_jax.serving.catalogue import publish
 from onerec_jax.serving.config import HttpConfig, ServiceConfig
 from onerec_jax.serving.server import create_app
 from onerec_jax.serving.service import Service
@@ -367,7 +368,7 @@ def test_a_newer_checkpoint_and_a_newer_catalogue_fail_no_request(copied, tmp_pa
             serving_world.save_checkpoint(run, 4, seed=1)
             wait_for(lambda: (200, 4) in answers)
 
-            serving_world.publish_grown(copied, tmp_path / "grown", new_ids=False)
+            publish(copied, *serving_world.grow(tmp_path / "grown", run, new_ids=False))
             new = f"/v1/items/{100 + serving_world.ITEMS - 1}"
             wait_for(lambda: get(server, new).status_code == 200)
 
