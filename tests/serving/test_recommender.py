@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import polars as pl
 import pytest
 import serving_world
 
@@ -12,7 +13,7 @@ from onerec_jax.data.batches import BatchBuilder, log_from_histories
 from onerec_jax.data.schema import FEEDBACK
 from onerec_jax.errors import InputError
 from onerec_jax.run import Run
-from onerec_jax.serving.catalogue import UnknownId, open_for_serving, publish
+from onerec_jax.serving.catalogue import IdIndex, UnknownId, open_for_serving, publish
 from onerec_jax.serving.recommender import Recommender
 
 WIDTH = 99
@@ -202,6 +203,17 @@ def test_similar_items_against_all_vectors(recommender):
         np.testing.assert_array_equal(rows, [other for _, _, other in best])
         np.testing.assert_allclose(cosine, [-s for s, _, _ in best], atol=1e-4)
     assert len(recommender.catalogue.similar(0, 999)[0]) == serving_world.ITEMS - 1
+
+
+@pytest.mark.parametrize("ids", [["a", "b b", "ü"], [-4, 7, 2**40]])
+def test_ids_of_both_kinds(ids):
+    index = IdIndex(pl.Series(ids), "thing")
+    assert index.rows(ids).tolist() == index.rows(map(str, ids)).tolist() == [0, 1, 2]
+    assert [index[row] for row in range(3)] == ids
+    assert index.like(str(ids[1])[:1], 9) == ids[1:2]
+    for unknown in ("", "c", " 7 7", "07", 8, 2**70, "9" * 5000):
+        with pytest.raises(UnknownId, match="no thing"):
+            index.row(unknown)
 
 
 def test_search_by_title(recommender):
