@@ -18,7 +18,6 @@ loss-free balancing leaves a trained model; `max_violation` says how evenly.
         --codebook-size 256 --repeats 5
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -34,11 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import results
 from benchmarks.random_data import large_spec, lengths_of, random_users
-from onerec_jax import cli
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import InputError, require_at_least
-from onerec_jax.files import write_text
 from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.generator import compute_copy
 from onerec_jax.generation.topk import top_k_of_rows
@@ -331,23 +329,8 @@ def main(config: BenchmarkConfig) -> None:
             chosen = trie if masked else None
             result["rows"].append(time_search(config, model, variables, users, chosen))
         result["peak_gib"] = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    earlier = []
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(config.out.read_text())
-    write_text(config.out, json.dumps([*earlier, result], indent=1) + "\n")
-
-
-def run_command(argv: list[str] | None = None) -> None:
-    """The command line; `argv` replaces the process's own flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    preset = cli.flag_value(argv, "--preset") or "v1-0.935b"
-    if preset not in PRESETS:
-        raise SystemExit(f"error: --preset {preset}: choose one of {', '.join(PRESETS)}")
-    default = BenchmarkConfig(preset=preset, model=PRESETS[preset])
-    prog = "python -m benchmarks.generate"
-    cli.run(main, BenchmarkConfig, prog=prog, default=default, argv=argv)
+    results.append(config.out, result)
 
 
 if __name__ == "__main__":
-    run_command()
+    results.run_with_preset(main, BenchmarkConfig, prog="python -m benchmarks.generate")

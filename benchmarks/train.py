@@ -8,7 +8,6 @@ without padding, recomputation or rows that experts drop, over the bf16 peak of 
     python -m benchmarks.train --preset v1-0.935b --users 256 --lengths realistic --profile trace
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -21,11 +20,10 @@ from typing import Literal
 import jax
 import numpy as np
 
+from benchmarks import results
 from benchmarks.random_data import large_spec, lengths_of, random_users
-from onerec_jax import cli
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import require_at_least
-from onerec_jax.files import write_text
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh, put_batch
 from onerec_jax.training.flops import train_flops
@@ -158,23 +156,8 @@ def main(config: BenchmarkConfig) -> None:
         f"compiled in {compile_s:.0f} s",
         flush=True,
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    earlier = []
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(config.out.read_text())
-    write_text(config.out, json.dumps([*earlier, result], indent=1) + "\n")
-
-
-def run_command(argv: list[str] | None = None) -> None:
-    """The command line; `argv` replaces the process's own flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    preset = cli.flag_value(argv, "--preset") or "v1-0.935b"
-    if preset not in PRESETS:
-        raise SystemExit(f"error: --preset {preset}: choose one of {', '.join(PRESETS)}")
-    default = BenchmarkConfig(preset=preset, model=PRESETS[preset])
-    prog = "python -m benchmarks.train"
-    cli.run(main, BenchmarkConfig, prog=prog, default=default, argv=argv)
+    results.append(config.out, result)
 
 
 if __name__ == "__main__":
-    run_command()
+    results.run_with_preset(main, BenchmarkConfig, prog="python -m benchmarks.train")
