@@ -11,7 +11,6 @@ from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
-import polars as pl
 
 from onerec_jax.data.schema import Dataset
 from onerec_jax.errors import InputError
@@ -50,17 +49,14 @@ def flagged_items(dataset: Dataset, flagged: str | Collection = "viral_farm") ->
             )
         mask, what = (dataset.items[flagged].fill_null(0) > 0).to_numpy(), f"column {flagged}"
     else:
-        given, what = list(flagged), "the list of flagged items"
-        known = set(dataset.items["item_id"].to_list())
-        if unknown := [item for item in given if item not in known]:
+        given, what = dict.fromkeys(flagged), "the list of flagged items"
+        ids = dataset.items["item_id"].to_list()
+        if unknown := list(given.keys() - set(ids)):
             raise InputError(
-                f"{dataset.name}: {len(unknown)} flagged ids are of no item (the first: "
-                f"{unknown[0]!r}): correct the list"
+                f"{dataset.name}: {len(unknown)} flagged ids are of no item ({min(unknown)!r}, for "
+                "one): correct the list"
             )
-        mask = dataset.items["item_id"].is_in(
-            pl.Series(given, dtype=dataset.items["item_id"].dtype)
-        )
-        mask = mask.to_numpy()
+        mask = np.array([item in given for item in ids])
     if not mask.any():
         raise InputError(
             f"{dataset.name}: {what} flags no item, so the industrial reward would do nothing: "

@@ -61,7 +61,7 @@ def test_from_a_column_or_a_list():
         ("viral_farm", "column viral_farm flags no item"),
         ("spam", "no column spam"),
         ([], "list of flagged items flags no item"),
-        ([2, 77, 78], "2 flagged ids are of no item .the first: 77"),
+        ([2, 77, 78], "2 flagged ids are of no item .77, for one"),
     ],
 )
 def test_bad_lists(flagged, message):
