@@ -52,6 +52,9 @@ class Run:
     snapshots: Snapshots | None = None
     """Compressed lives, if the run uses them."""
 
+    stage = "pretrain"
+    """The experiment that makes such runs."""
+
     @classmethod
     def create(
         cls,
@@ -101,10 +104,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "Run":
-        """Opens a run that `experiments.pretrain` has made.
+        """Opens a run that the experiment of this `stage` has made.
 
         Raises:
-          InputError: no run there, or its data set or semantic IDs have changed since.
+          InputError: no such run there, or its data set or semantic IDs have changed since.
         """
         folder = pathlib.Path(folder)
         try:
@@ -112,11 +115,16 @@ class Run:
             data_folder = pathlib.Path(config["data"]["folder"])
             ids_folder = pathlib.Path(config["semantic_ids"]["folder"])
             spec = FeatureSpec.from_json((folder / "features.json").read_text())
+            stage = config["settings"].get("stage", "pretrain")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{folder} is no run folder ({error}): make one with "
-                "`python -m experiments.pretrain`"
+                f"`python -m experiments.{cls.stage}`"
             ) from error
+        if stage != cls.stage:
+            raise InputError(
+                f"{folder} is a run of experiments.{stage}: give one of experiments.{cls.stage}"
+            )
         dataset = load_dataset(data_folder)
         ids = SemanticIds.load(ids_folder)
         found = {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
@@ -205,12 +213,16 @@ class Run:
             )
         return progress["best_step"]
 
+    @property
+    def example(self):
+        """A batch of one, for shapes."""
+        one = np.zeros(1, np.int32)
+        return self.builder(one, one)
+
     def load_best(self) -> dict:
         """Variables (`params`, `router`) of the best step, on the default device."""
-        one = np.zeros(1, np.int32)
-        example = self.builder(one, one)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = nn.unbox(jax.eval_shape(self.model().init, jax.random.key(0), example))
+        abstract = nn.unbox(jax.eval_shape(self.model().init, jax.random.key(0), self.example))
         abstract = {
             name: jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
