@@ -108,7 +108,7 @@ class TrainRewardConfig:
         batch_size=32, steps=10_000, log_every=100, validate_every=500, patience=3
     )
     """A user of a step is a block of up to 16 exposures of one."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=200)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, warmup_steps=200)
     positive: PositiveRule = PositiveRule()
     """With --data: what the features count as positive feedback."""
     features: FeatureConfig = FeatureConfig()

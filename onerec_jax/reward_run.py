@@ -31,7 +31,7 @@ from onerec_jax.run import Run
 class RewardRun(Run):
     """An opened run folder of `experiments.train_reward`."""
 
-    stage = "train_reward"
+    stage, flag = "train_reward", "--out"
 
     @functools.cached_property
     def model_config(self) -> RewardConfig:

@@ -54,6 +54,8 @@ class Run:
 
     stage = "pretrain"
     """The experiment that makes such runs."""
+    flag = "--run"
+    """Its flag for the folder."""
 
     @classmethod
     def create(
@@ -93,9 +95,13 @@ class Run:
             }
         path = folder / "config.json"
         if path.exists():
-            _refuse_other_settings(folder, read_json(path), json.loads(json.dumps(config)))
+            if difference := _difference(read_json(path), json.loads(json.dumps(config))):
+                raise InputError(
+                    f"{folder} holds a run with other settings ({difference}): give another "
+                    f"{cls.flag}"
+                )
         elif folder.exists() and not _only_begun(folder):
-            raise InputError(f"--run {folder} exists and is no run folder: give another one")
+            raise InputError(f"{cls.flag} {folder} exists and is no run folder: give another one")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "features.json", spec.to_json())
@@ -249,8 +255,8 @@ def _only_begun(folder: pathlib.Path) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= begun
 
 
-def _refuse_other_settings(folder, old: dict, new: dict) -> None:
-    """Raises InputError if two configurations differ in more than the command."""
+def _difference(old: dict, new: dict) -> str | None:
+    """The first setting, beyond the command, in which two configurations differ."""
 
     def flat(value, name=""):
         if isinstance(value, dict):
@@ -260,7 +266,5 @@ def _refuse_other_settings(folder, old: dict, new: dict) -> None:
     before, now = flat(old | {"command": ""}), flat(new | {"command": ""})
     for name in before | now:  # data and IDs first: lives change with them
         if before.get(name) != now.get(name) and not name.endswith(".folder"):
-            raise InputError(
-                f"{folder} holds a run with other settings "
-                f"({name}: {before.get(name)} there, {now.get(name)} now): give another --run"
-            )
+            return f"{name}: {before.get(name)} there, {now.get(name)} now"
+    return None

@@ -91,14 +91,14 @@ def objective_labels(
 
 
 def _effective_view_s(dataset: Dataset, rule: LabelRule) -> np.ndarray:
-    """Seconds from which each action is an effective view, `[N]`."""
-    duration = np.full(len(dataset.item_rows), np.inf)
+    """Seconds from which each action is an effective view, float64 `[N]`."""
+    duration = dataset.column("duration_s")
     if "duration_s" in dataset.items.columns:
-        of_item = dataset.items["duration_s"].cast(pl.Float64).fill_null(np.inf).to_numpy()
-        duration = of_item[dataset.item_rows]
-    elif (logged := dataset.column("duration_s")) is not None:
-        duration = np.nan_to_num(logged.astype(np.float64), nan=np.inf)
-    return np.where(duration > 0, np.minimum(duration, rule.effective_view_s), np.inf)
+        duration = dataset.items["duration_s"].cast(pl.Float64).to_numpy()[dataset.item_rows]
+    if duration is None:
+        return np.full(len(dataset.item_rows), rule.effective_view_s)
+    known = duration > 0  # neither NaN nor the 0 of some sources
+    return np.where(known, np.minimum(duration, rule.effective_view_s), rule.effective_view_s)
 
 
 def check_labels(labels: dict[str, np.ndarray], training: np.ndarray, named: Sequence[str] = ()):

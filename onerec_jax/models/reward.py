@@ -102,7 +102,8 @@ class ItemEmbedding(nn.Module):
         ]
 
         def add(name, index, size, width, scale=1.0):
-            part = scale * lookup(self.param(name, *embedding(size, width)), index, self.dtype)
+            init, shape = embedding(size, width)
+            part = lookup(self.param(name, _scaled(init, scale), shape), index, self.dtype)
             parts.append(jnp.where((index > 0)[..., None], part, 0))  # 0: unknown
 
         index = items.item
@@ -120,6 +121,10 @@ class ItemEmbedding(nn.Module):
         if spec.has_duration:
             add("duration", items.duration, TIME_BUCKETS, cfg.feature_dim)
         return _layer(cfg.d_model, self.dtype, "out")(jnp.concatenate(parts, axis=-1))
+
+
+def _scaled(init, factor):
+    return lambda *args: jax.tree.map(lambda x: factor * x, init(*args))
 
 
 class HistoryEntry(nn.Module):
@@ -156,7 +161,9 @@ class TargetAttention(nn.Module):
           gap_bmt, rank_bmt: int32, buckets of the time and of the actions in between.
 
         Returns:
-          `[B, M, D]`; zeros for an item that may see nothing.
+          `[B, M, D]`, zeros for an item that may see nothing; and `[B, M, H]`, how much it saw:
+          log(1 + sum of the unnormalised weights). DIN (arXiv 1706.06978) leaves weights
+          unnormalised for the sake of that.
         """
         width = h_btd.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
@@ -181,11 +188,13 @@ class TargetAttention(nn.Module):
             logit_bhmt += jnp.moveaxis(bias_bmth, -1, 1)
         allowed = allowed_bmt[:, None]
         peak = jnp.max(logit_bhmt, -1, keepdims=True, where=allowed, initial=-1e9)
-        surplus = logit_bhmt - jax.lax.stop_gradient(peak)
-        weight = jnp.exp(jnp.where(allowed, surplus, -jnp.inf))
-        weight /= jnp.maximum(weight.sum(-1, keepdims=True), 1e-9)
+        peak = jax.lax.stop_gradient(peak)
+        weight = jnp.exp(jnp.where(allowed, logit_bhmt - peak, -jnp.inf))
+        total = weight.sum(-1, keepdims=True)
+        evidence_bhm = jnp.logaddexp(0, jnp.log(jnp.maximum(total, 1e-9)) + peak)[..., 0]
+        weight /= jnp.maximum(total, 1e-9)
         y = jnp.einsum("bhmt,bthk->bmhk", weight.astype(self.dtype), split("v", h_btd))
-        return y.reshape(*y.shape[:2], width)
+        return y.reshape(*y.shape[:2], width), jnp.moveaxis(evidence_bhm, 1, -1).astype(self.dtype)
 
 
 class MLP(nn.Module):
@@ -258,14 +267,16 @@ class PScore(nn.Module):
         buckets = log_bucket(gap_bmt), log_bucket(rank_bmt)
         likeness_bmt = jnp.einsum("bmc,btc->bmt", c_bmc, c_btc, precision=HIGHEST)
         found_bmt = search(likeness_bmt, seen_bmt, cfg.top_k)
-        parts = []
+        parts, evidence = [], []
         for name, part_bmt in (("search", found_bmt), ("recent", rank_bmt < cfg.recent_length)):
             attend = TargetAttention(cfg.num_heads, dtype, name=name)
-            parts.append(attend(e_bmd, h_btd, part_bmt & seen_bmt, likeness_bmt, *buckets))
+            part, much = attend(e_bmd, h_btd, part_bmt & seen_bmt, likeness_bmt, *buckets)
+            parts.append(part)
+            evidence.append(much)
         count = jnp.maximum(seen_bmt.sum(-1, keepdims=True), 1).astype(dtype)
         mean_bmd = jnp.einsum("bmt,btd->bmd", seen_bmt.astype(dtype), h_btd) / count
 
-        user = [*parts, mean_bmd]
+        user = [*parts, mean_bmd, *evidence]
         if spec.static:
             static = StaticFeatures(cfg.static_dim, spec, dtype, name="static")(batch.static)
             shape = (*e_bmd.shape[:2], static.shape[-1])
@@ -301,8 +312,9 @@ class PScore(nn.Module):
 def search(likeness_bmt, seen_bmt, k: int):
     """Which k entries of the history are most like each item, bool `[B, M, T]` (SIM's first stage).
 
-    All that are equally like the k-th are taken; those that must not be seen never are.
+    All that are as like as the k-th are taken, up to rounding: the same item seen twice must not
+    hang on the order of a sum. Those that must not be seen never are.
     """
     likeness_bmt = jnp.where(seen_bmt, likeness_bmt, -jnp.inf)
     best_bmk, _ = jax.lax.top_k(likeness_bmt, min(k, likeness_bmt.shape[-1]))
-    return (likeness_bmt >= best_bmk[..., -1:]) & seen_bmt
+    return (likeness_bmt >= best_bmk[..., -1:] - 1e-5) & seen_bmt
