@@ -156,7 +156,6 @@ JUDGE = {
         top_k=16,
         recent_length=16,
         shared_dims=(128, 64),
-        stop_gradient=False,
     ),
 }
 """What --judge changes in the defaults."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from onerec_jax.config import FEATURES, PathwayName
+from onerec_jax.config import PathwayName
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.inputs import TIME_BUCKETS, FeatureSpec, Pathway, RewardBatch
 from onerec_jax.models.encoder import PathwayMLP, StaticFeatures, embed_sid
@@ -75,8 +75,6 @@ class RewardConfig:
                 f"--model.d-model {self.d_model} is no multiple of --model.num-heads "
                 f"{self.num_heads}: change one of them"
             )
-
-    features = FEATURES
 
     def slots(self, pathway: PathwayName) -> int:
         """Interactions that a pathway of `BatchBuilder` holds: one long one, no others."""
