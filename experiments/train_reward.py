@@ -38,7 +38,7 @@ from onerec_jax.data.exposures import (
     objective_labels,
     share_of,
 )
-from onerec_jax.data.features import build_feature_spec
+from onerec_jax.data.features import build_feature_spec, positive_actions
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.data.world.response import World
@@ -125,10 +125,6 @@ class TrainRewardConfig:
 
     def __post_init__(self):
         require_at_least(self, "", seed=0, validate_blocks=0, weight_factor=1, judge_share=0)
-        if (self.run is None) == (self.data is None):
-            raise InputError("give --run, or --data with --semantic-ids: what to learn from")
-        if (self.data is None) != (self.semantic_ids is None):
-            raise InputError("--data and --semantic-ids belong together: give both, or --run")
         if self.judge_share >= 1 or (self.judge and self.judge_share == 0):
             whom = "the judge" if self.judge else "the reward model"
             raise InputError(
@@ -161,15 +157,17 @@ JUDGE = {
 """What --judge changes in the defaults."""
 
 
-def settings(config: TrainRewardConfig, objectives, candidates: dict) -> dict:
+def settings(config: TrainRewardConfig, source: "Source", objectives, candidates: dict) -> dict:
     """All that the result depends on, as JSON; the mesh may change between sessions."""
     values = dataclasses.asdict(config)
-    # Where data and IDs lie and how features were made is told by fingerprints and features.json.
+    # Where data and IDs lie and how they were made matters through fingerprints.
     apart = ("run", "data", "semantic_ids", "out", "mesh", "evaluation", "positive", "features")
     for name in (*apart, "judge", "weights", "weight_factor"):
         del values[name]
     values |= {
         "stage": RewardRun.stage,
+        "features": settings_hash(json.loads(source.spec.to_json())),
+        "targets": source.targets,
         "share": share(config),
         "objectives": list(objectives),
         "weight_names": list(candidates),
@@ -197,16 +195,23 @@ class Source:
     dataset: Dataset
     ids: SemanticIds
     spec: FeatureSpec
+    targets: str
+    """What the policy is tested on, "all" or "positive" actions; none of it is trained on here."""
 
 
 def find_source(config: TrainRewardConfig) -> Source:
     """Data set, semantic IDs and features: those of a run, or as named."""
+    if (config.run is None) == (config.data is None):
+        raise InputError("give --run, or --data with --semantic-ids: what to learn from")
+    if (config.data is None) != (config.semantic_ids is None):
+        raise InputError("--data and --semantic-ids belong together: give both, or --run")
     if config.run is not None:
         run = Run.open(config.run)
         folders = (pathlib.Path(run.config[part]["folder"]) for part in ("data", "semantic_ids"))
         # The history is searched action by action: clusters would hide what is looked for.
         spec = dataclasses.replace(run.spec, clustered=False)
-        return Source(*folders, run.dataset, run.ids, spec)
+        targets = run.config["settings"].get("targets", "all")
+        return Source(*folders, run.dataset, run.ids, spec, targets)
     dataset, ids = load_dataset(config.data), SemanticIds.load(config.semantic_ids)
     if ids.manifest["dataset_fingerprint"] != dataset.fingerprint:
         raise InputError(
@@ -214,16 +219,18 @@ def find_source(config: TrainRewardConfig) -> Source:
             f"{config.data}: run experiments.tokenize on it"
         )
     spec = build_feature_spec(dataset, make_split(dataset), ids, config.positive, config.features)
-    return Source(config.data, config.semantic_ids, dataset, ids, spec)
+    return Source(config.data, config.semantic_ids, dataset, ids, spec, "all")
 
 
 def open_run(config: TrainRewardConfig, source: Source) -> RewardRun:
     """Creates or continues the run folder."""
     dataset = source.dataset
     labels = objective_labels(dataset, config.labels, config.objectives)
-    parts = exposure_parts(
-        dataset, make_split(dataset), config.valid_fraction, config.test_fraction
-    )
+    eligible = None
+    if source.targets == "positive":
+        eligible = positive_actions(dataset, source.spec.positive)
+    split = make_split(dataset, eligible)
+    parts = exposure_parts(dataset, split, config.valid_fraction, config.test_fraction)
     blocks = share_of(make_blocks(*parts.train), share(config), config.judge_share)
     if config.train.batch_size > len(blocks):
         raise InputError(
@@ -241,8 +248,8 @@ def open_run(config: TrainRewardConfig, source: Source) -> RewardRun:
         )
     rates = [label[training][label[training] >= 0].mean() for label in labels.values()]
     base = config.weights or [1.0] * len(labels)
-    candidates = weight_candidates(base, rates, config.weight_factor)
-    values = settings(config, labels, candidates)
+    candidates = weight_candidates(list(labels), base, rates, config.weight_factor)
+    values = settings(config, source, labels, candidates)
     key = values | {"data": dataset.fingerprint, "semantic_ids": source.ids.fingerprint}
     kind = "judge" if config.judge else "reward"
     return RewardRun.create(
@@ -348,7 +355,7 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
         },
         "weights": dict(zip(run.objectives, run.weight_no[kept].tolist(), strict=True)),
         "search": {
-            "names": [weight_name(run, name) for name in run.config["settings"]["weight_names"]],
+            "names": run.config["settings"]["weight_names"],
             "auc": auc_no.tolist(),
             "kept": kept,
         },
@@ -358,6 +365,7 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
         result["world"] = against_world(config, run, rows, user, labels, scores)
     result["seconds"] = seconds | {"test": time.perf_counter() - start}
     result["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    result = reward_report.without_nan(result)
     result["plots"] = reward_report.draw_plots(run.folder, result, run.metrics.read())
     write_text(run.folder / "report.md", reward_report.markdown(result))
     write_text(run.folder / "report.json", json.dumps(result, indent=1))
@@ -366,13 +374,6 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
 
 def _sigmoid(x):
     return 1 / (1 + np.exp(-x.astype(np.float64)))
-
-
-def weight_name(run: RewardRun, name: str) -> str:
-    """A candidate's name with the objective's in place of its number."""
-    for i, objective in enumerate(run.objectives):
-        name = name.replace(f"objective {i + 1} ", f"{objective} ")
-    return name
 
 
 def notes(run: RewardRun) -> list[str]:
@@ -478,17 +479,9 @@ def main(config: TrainRewardConfig) -> None:
 def run_command(argv: list[str] | None = None) -> None:
     """The command line; `argv` replaces the process's own flags."""
     argv = sys.argv[1:] if argv is None else argv
-    # The source is checked again once flags are parsed; here any will do.
-    default = TrainRewardConfig(run=pathlib.Path())
-    default = dataclasses.replace(default, **(JUDGE if "--judge" in argv else {}))
-    object.__setattr__(default, "run", None)
-    cli.run(
-        main,
-        TrainRewardConfig,
-        prog="python -m experiments.train_reward",
-        default=default,
-        argv=argv,
-    )
+    default = TrainRewardConfig(**(JUDGE if "--judge" in argv else {}))
+    prog = "python -m experiments.train_reward"
+    cli.run(main, TrainRewardConfig, prog=prog, default=default, argv=argv)
 
 
 if __name__ == "__main__":

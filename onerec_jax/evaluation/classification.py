@@ -62,7 +62,7 @@ def calibration(label, probability, bins: int = 20) -> dict:
 
     Returns:
       `predicted`, `observed`, `count` (lists, at most `bins` long) and `error`, the mean distance
-      of the two, weighted by exposures (expected calibration error).
+      of the two, weighted by exposures (expected calibration error; NaN without any).
     """
     order = np.argsort(probability, kind="stable")
     parts = [part for part in np.array_split(order, bins) if part.size]
@@ -73,5 +73,7 @@ def calibration(label, probability, bins: int = 20) -> dict:
         "predicted": predicted.tolist(),
         "observed": observed.tolist(),
         "count": count.tolist(),
-        "error": float(np.average(np.abs(predicted - observed), weights=count)),
+        "error": float((np.abs(predicted - observed) * count).sum() / count.sum())
+        if parts
+        else float("nan"),
     }

@@ -32,7 +32,7 @@ def objective_metrics(user, label, probability, p) -> dict:
     (user_auc, users), (p_user_auc, _) = gauc(user, label, probability), gauc(user, label, p)
     return {
         "exposures": int(known.sum()),
-        "rate": float(label.mean()),
+        "rate": float(label.mean()) if label.size else float("nan"),
         "auc": auc(label, probability),
         "gauc": user_auc,
         "gauc_users": users,

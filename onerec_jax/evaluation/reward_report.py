@@ -6,7 +6,16 @@ import numpy as np
 
 
 def _number(value, digits=4) -> str:
-    return "" if value is None or value != value else f"{value:.{digits}f}"
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def without_nan(value):
+    """JSON knows no NaN: what could not be measured is None."""
+    if isinstance(value, dict):
+        return {key: without_nan(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [without_nan(x) for x in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def objective_rows(report: dict) -> tuple[list[str], list[list[str]]]:
@@ -31,9 +40,9 @@ def weight_rows(report: dict) -> tuple[list[str], list[list[str]]]:
     header, rows = ["label weights", *names], []
     for i, candidate in enumerate(report["search"]["names"]):
         auc = report["search"]["auc"][i]
-        cells = [
-            _number(x) + (f" ({x - b:+.4f})" if i else "") for x, b in zip(auc, base, strict=True)
-        ]
+        cells = []
+        for x, b in zip(auc, base, strict=True):
+            cells.append(_number(x) + (f" ({x - b:+.4f})" if i and x is not None else ""))
         rows.append([candidate + (" (kept)" if i == report["search"]["kept"] else ""), *cells])
     return header, rows
 

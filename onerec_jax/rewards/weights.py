@@ -7,10 +7,14 @@ a fusion of its own on the same towers.
 Axes: N sets of weights, O objectives.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def weight_candidates(base_o, rate_o, factor: float) -> dict[str, np.ndarray]:
+def weight_candidates(
+    objectives: Sequence[str], base_o, rate_o, factor: float
+) -> dict[str, np.ndarray]:
     """Sets of label weights to try: float64 `[O]` by name.
 
     Args:
@@ -27,10 +31,8 @@ def weight_candidates(base_o, rate_o, factor: float) -> dict[str, np.ndarray]:
     if factor == 1 or len(base_o) == 1:
         return found
     found["by variance"] = base_o / (rate_o * (1 - rate_o))
-    for i in range(len(base_o)):
-        raised = base_o.copy()
-        raised[i] *= factor
-        found[f"objective {i + 1} x {factor:g}"] = raised
+    for i, name in enumerate(objectives):
+        found[f"{name} x {factor:g}"] = base_o * np.where(np.arange(len(base_o)) == i, factor, 1)
     return found
 
 

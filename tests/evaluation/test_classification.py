@@ -55,3 +55,6 @@ def test_calibration_by_hand():
     p = rng.random(20_000)
     assert calibration(rng.random(20_000) < p, p)["error"] < 0.02
     assert calibration(rng.random(20_000) < p, p**2)["error"] > 0.1
+    nothing = calibration([], [])
+    assert nothing["count"] == []
+    assert np.isnan(nothing["error"])

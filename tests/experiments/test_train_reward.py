@@ -115,6 +115,7 @@ def test_files_of_a_run(rewarded):
     folder, _, _ = rewarded
     text = (folder / "report.md").read_text()
     assert "nan" not in text
+    json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
     for name in ("calibration", "training"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"{name}.png" in text

@@ -6,12 +6,12 @@ from onerec_jax.rewards.weights import choose_weights, weight_candidates
 
 
 def test_candidates():
-    found = weight_candidates([1, 2], [0.5, 0.1], 4)
-    assert list(found) == ["base", "by variance", "objective 1 x 4", "objective 2 x 4"]
+    found = weight_candidates(["ctr", "ltr"], [1, 2], [0.5, 0.1], 4)
+    assert list(found) == ["base", "by variance", "ctr x 4", "ltr x 4"]
     expected = [[1, 2], [4, 2 / 0.09], [4, 2], [1, 8]]
     np.testing.assert_allclose(np.stack(list(found.values())), expected)
-    assert list(weight_candidates([1, 2], [0.5, 0.1], 1)) == ["base"]
-    assert list(weight_candidates([3], [0.5], 4)) == ["base"]  # only ratios matter
+    assert list(weight_candidates(["ctr", "ltr"], [1, 2], [0.5, 0.1], 1)) == ["base"]
+    assert list(weight_candidates(["ctr"], [3], [0.5], 4)) == ["base"]  # only ratios matter
 
 
 def test_no_auc_may_fall():

@@ -1,4 +1,4 @@
-"""The step of the preference score: what it reports, and the same numbers on every mesh."""
+"""The step of the preference score: what it reports, and the same numbers on a mesh."""
 
 import dataclasses
 
@@ -21,6 +21,14 @@ from onerec_jax.training.step import Trainer
 
 CFG = RewardConfig(d_model=8, num_heads=2, history_length=6, shared_dims=(8,), tower_dims=(4,))
 WEIGHTS = np.array([[1.0, 1.0], [1.0, 4.0]])
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Compiling is nearly all the time of these tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def step_on(mesh, model, batch):
     return before, jax.device_get(after.params), jax.device_get(metrics)
 
 
-def test_metrics_and_the_same_step_on_every_mesh(made):
+def test_metrics_and_the_same_step_on_a_mesh(made):
     model, batch = made
     before, after, metrics = step_on(make_mesh(1), model, batch)
     towers, p = model.apply({"params": before}, batch)
@@ -59,8 +67,7 @@ def test_metrics_and_the_same_step_on_every_mesh(made):
     np.testing.assert_allclose(metrics["loss_p"], of_p, rtol=1e-5)
     slope = jax.tree.map(lambda x, y: (x - y) / 0.5, before, after)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(slope), rtol=1e-3)
-    for mesh in (make_mesh(8), make_mesh(2, fsdp=2, tensor=2)):
-        start, end, other = step_on(mesh, model, batch)
-        jax.tree.map(np.testing.assert_array_equal, start, before)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), end, after)
-        np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-5)
+    start, end, other = step_on(make_mesh(2, fsdp=2), model, batch)
+    jax.tree.map(np.testing.assert_array_equal, start, before)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), end, after)
+    np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-5)
