@@ -108,7 +108,9 @@ class TrainRewardConfig:
         batch_size=32, steps=10_000, log_every=100, validate_every=500, patience=3
     )
     """A user of a step is a block of up to 16 exposures of one."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, warmup_steps=200)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=4e-3, warmup_steps=200, weight_decay=0.05
+    )
     positive: PositiveRule = PositiveRule()
     """With --data: what the features count as positive feedback."""
     features: FeatureConfig = FeatureConfig()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import types
 
 import helpers
 import jax
@@ -218,6 +219,16 @@ def test_words_are_enough_for_items_never_shown(rewarded):
     found = run.scorer(users=USERS)(helpers.examples_of(users, np.full(USERS, ACTIONS - 1)), items)
     fits = users[:, None] % 2 == items % 2
     assert found["ctr"][fits].mean() > found["ctr"][~fits].mean() + 0.1
+
+
+def test_ratings_are_no_exposures():
+    """A reader of the report is told so; of a log with clicks there is nothing to tell."""
+    data = helpers.full_dataset()
+    assert train_reward.notes(types.SimpleNamespace(dataset=data)) == []
+    rated = data.interactions.drop("click", "playtime_s")
+    rated = types.SimpleNamespace(dataset=dataclasses.replace(data, interactions=rated))
+    (note,) = train_reward.notes(rated)
+    assert "no exposures" in note
 
 
 # -------------------------------------------------------------------------------------- bad input
