@@ -397,12 +397,16 @@ def against_world(config: TrainRewardConfig, run: RewardRun, rows, user, labels,
     """
     data, cfg = run.dataset, config.evaluation
     world = World.from_meta(data.meta)
-    expected = preference.world_expectations(data, world, user, data.item_rows[rows], rows)
+    items = data.item_rows[rows]
+    expected = preference.world_expectations(data, world, user, items, rows)
+    blind = preference.world_expectations(data, world, user, items, rows, moods=MOODS)
     oracle = {}
     for name in set(labels) & set(expected):
         known = labels[name] >= 0
-        label, truth = labels[name][known], expected[name][known]
-        oracle[name] = {"auc": auc(label, truth), "gauc": gauc(user[known], label, truth)[0]}
+        label, who = labels[name][known], user[known]
+        truth, guess = expected[name][known], blind[name][known]
+        oracle[name] = {"auc": auc(label, truth), "gauc": gauc(who, label, truth)[0]}
+        oracle[name]["auc_without_mood"] = auc(label, guess)
 
     start, end = run.parts.test
     users = np.flatnonzero(end > start)
@@ -426,6 +430,10 @@ def against_world(config: TrainRewardConfig, run: RewardRun, rows, user, labels,
             ),
         },
     }
+
+
+MOODS = 16
+"""Sessions whose moods stand for any mood that a user may be in."""
 
 
 def show(result: dict) -> None:

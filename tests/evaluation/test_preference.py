@@ -80,3 +80,11 @@ def test_the_world_is_asked_in_the_situation_of_the_row():
     np.testing.assert_array_equal(found["lvtr"], answer.long_view)
     np.testing.assert_array_equal(found["satisfaction"], satisfaction(answer))
     assert set(found) == {"ctr", "lvtr", "ltr", "wtr", "cmtr", "satisfaction"}
+    asked.clear()
+    blind = preference.world_expectations(
+        data, Stub(), np.array([0, 3]), np.array([5, 1]), np.array([7, 2]), moods=3
+    )
+    sessions = np.array([call[2] for call in asked])
+    assert len(np.unique(sessions)) == 6  # of other sessions, all different
+    assert sessions.min() > n
+    np.testing.assert_array_equal(blind["lvtr"], answer.long_view)
