@@ -337,6 +337,15 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
     scores = {name: _sigmoid(tower_no[:, i]) for i, name in enumerate(run.objectives)}
     scores["p"] = _sigmoid(p_nn[:, kept])
     labels = dict(zip(run.objectives, run.labels_no[rows].T, strict=True))
+    training = run.blocks("train").rows(data.offsets)
+    tests = {}
+    for i, (name, label) in enumerate(labels.items()):
+        tests[name] = preference.objective_metrics(user, label, scores[name], scores["p"])
+        rates = preference.item_rates(
+            data.item_rows[training], run.labels_no[training, i], data.num_items
+        )
+        known = label >= 0
+        tests[name]["item_rate_auc"] = auc(label[known], rates[data.item_rows[rows[known]]])
     result = {
         "command": run.config["command"],
         "dataset": {"name": data.name, **data.counts},
@@ -351,10 +360,7 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
             "best_step": run.best_step,
             "compute_dtype": resolve_dtype(run.model_config.compute_dtype).name,
         },
-        "test": {
-            name: preference.objective_metrics(user, label, scores[name], scores["p"])
-            for name, label in labels.items()
-        },
+        "test": tests,
         "weights": dict(zip(run.objectives, run.weight_no[kept].tolist(), strict=True)),
         "search": {
             "names": run.config["settings"]["weight_names"],

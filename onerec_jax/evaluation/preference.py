@@ -42,6 +42,19 @@ def objective_metrics(user, label, probability, p) -> dict:
     }
 
 
+def item_rates(item, label, num_items: int, prior: float = 20.0) -> np.ndarray:
+    """Share of positive labels of every item, float64 `[I]`: what can be said without the user.
+
+    Args:
+      item, label: int `[n]`, of training exposures; label -1 is unknown.
+      prior: exposures that the mean over all items counts for.
+    """
+    known = np.asarray(label) >= 0
+    item, label = np.asarray(item)[known], np.asarray(label)[known]
+    positive = np.bincount(item, label, num_items)
+    return (positive + prior * label.mean()) / (np.bincount(item, minlength=num_items) + prior)
+
+
 def auc_by_weights(label_no, p_nn) -> np.ndarray:
     """AUC of p under each set of weights against each label, float64 `[N, O]`.
 

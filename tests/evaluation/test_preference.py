@@ -47,6 +47,12 @@ def test_correlations_over_all_pairs_and_within_users():
     assert found["p, satisfaction"] == pytest.approx(0)  # one user right, one wrong
 
 
+def test_item_rates_by_hand():
+    """Ten exposures of a mean of 1/2 come on top; an unknown label is none."""
+    found = preference.item_rates([0, 0, 1, 1, 2], [1, 1, 0, 0, -1], 4, prior=10)
+    np.testing.assert_allclose(found, [7 / 12, 5 / 12, 0.5, 0.5])
+
+
 def test_unexposed_items():
     data = helpers.full_dataset(users=3, items=12)
     found = preference.unexposed_items(data, [0, 2], 4, seed=0)
