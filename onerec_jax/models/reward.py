@@ -25,6 +25,7 @@ from onerec_jax.models.layers import Dtype, dense, embedding, leaky_relu, lookup
 from onerec_jax.models.onerec import resolve_dtype
 
 SMALL = 0.1
+"""Scale at which items' own embeddings begin: content is to speak until exposures have."""
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -110,7 +111,6 @@ class ItemEmbedding(nn.Module):
         if train and cfg.item_dropout:
             hidden = jax.random.bernoulli(self.make_rng("dropout"), cfg.item_dropout, index.shape)
             index = jnp.where(hidden, 0, index)
-        # Nearly nothing at first: content is to speak until enough exposures have.
         add("item", index, spec.num_items + 1, cfg.item_dim, SMALL)
         if spec.num_authors:
             add("author", items.author, spec.num_authors + 1, cfg.author_dim)

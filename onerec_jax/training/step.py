@@ -140,11 +140,11 @@ def _layers(stats) -> list[dict]:
 class Trainer:
     """The compiled step and the shardings of its state on one mesh."""
 
-    def __init__(self, model, tx, mesh, example, *, seed: int, step=train_step, **options):
+    def __init__(self, model, tx, mesh, example, *, seed: int, step=None, **options):
         """`example` is any batch of the right shapes; `model.train` must be True.
 
         Args:
-          step: the training step of the model, `train_step` for `OneRec`.
+          step: the training step of the model; None: `train_step`, that of `OneRec`.
           options: its further settings, such as `accumulate`.
         """
         self.mesh = mesh
@@ -159,7 +159,7 @@ class Trainer:
             nn.unbox(boxed),
             self.shardings,
         )
-        step = functools.partial(step, model=model, tx=tx, seed=seed, **options)
+        step = functools.partial(step or train_step, model=model, tx=tx, seed=seed, **options)
         self.step = jax.jit(
             on_mesh(step, mesh),
             in_shardings=(self.shardings, NamedSharding(mesh, BATCH)),
