@@ -58,6 +58,8 @@ class RecommendConfig:
             raise InputError("give one of --user ID, --history ID,ID,… and --users FILE")
         if (self.users is None) != (self.out is None):
             raise InputError("--users and --out belong together: give both or neither")
+        if self.out is not None and self.out.suffix != ".parquet":
+            raise InputError(f"--out {self.out}: lists are written as .parquet: name it so")
 
 
 def split_ids(text: str) -> list[str]:

@@ -70,7 +70,7 @@ class IdIndex:
     def _find(self, wanted) -> int:
         if isinstance(wanted, bool) or not isinstance(wanted, int | str | np.integer):
             raise InputError(
-                f"a {self.what} id is an integer or a string, not {type(wanted).__name__}"
+                f"an id of {self.what}s is an integer or a string, not {type(wanted).__name__}"
             )
         if not self._integers:
             return self._row.get(str(wanted), -1)

@@ -67,7 +67,7 @@ def export_run(recommender: Recommender, folder, config: ExportConfig) -> None:
 
         export.export(jax.jit(lambda x: x), platforms=config.platforms)(1.0).serialize()
     except ImportError as error:
-        raise InputError('to export, pip install "onerec-jax[serve]" (flatbuffers)') from error
+        raise InputError("to export, pip install flatbuffers") from error
     run = recommender.run
     cfg = dataclasses.replace(run.model_config, compute_dtype=config.dtype, attention="xla")
     model = OneRec(cfg, run.spec)

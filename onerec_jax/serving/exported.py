@@ -48,6 +48,11 @@ def unpack_text(packed, row: int) -> str:
     return data[offsets[row] : offsets[row + 1]].tobytes().decode()
 
 
+def is_list(ids) -> bool:
+    """Whether these are many ids, and not one that is text."""
+    return isinstance(ids, Sequence | np.ndarray) and not isinstance(ids, str | bytes)
+
+
 class Exported:
     """An exported model with its catalogue."""
 
@@ -139,10 +144,19 @@ class Exported:
         if n < 1 or max(n, beam_width) > max(width for _, width in shapes):
             raise InputError(
                 f"n {n} or beam_width {beam_width} is not between 1 and what was exported: widths "
-                f"{sorted({width for _, width in shapes})}"
+                f"{sorted({width for _, width in shapes})} (export with --widths for more)"
             )
         width = min(width for _, width in shapes if width >= max(n, beam_width))
         most = max(users for users, other in shapes if other == width)
+        for name, ids in (("histories", histories), ("exclude", exclude), ("allowed", allowed)):
+            if ids is not None and not is_list(ids):
+                raise InputError(f"{name} is {str(ids)[:40]}: give a list")
+        for place, history in enumerate(histories):
+            if not is_list(history):
+                raise InputError(
+                    f"history {place} is {str(history)[:40]}: give a list of items or actions; "
+                    "users of a data set are not exported"
+                )
         excluded = self._rows(exclude)
         subset = None if allowed is None else self._rows(allowed)
         size = self.manifest["filter_size"]

@@ -12,7 +12,7 @@ try:
         generate_latest,
     )
 except ImportError as error:
-    raise InputError('the server needs more packages: pip install "onerec-jax[serve]"') from error
+    raise InputError('the server needs more packages: pip install -e ".[serve]"') from error
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 STAGES = ("queue", "gather", "wait", "search", "lists")

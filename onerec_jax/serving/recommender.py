@@ -27,6 +27,7 @@ from onerec_jax.generation.generator import compute_copy, expand_leaves
 from onerec_jax.inputs import Batch
 from onerec_jax.run import Run
 from onerec_jax.serving.catalogue import CATALOGUE, Catalogue, open_for_serving
+from onerec_jax.serving.exported import is_list
 from onerec_jax.sharding import make_mesh, put_batch, replicated
 
 PART = 64
@@ -152,7 +153,7 @@ class Recommender:
             the data set has. Actions count as done just now if they have no `time_s`, and as
             positive if they have no feedback; an empty list is a newcomer.
           n: length of the list.
-          beam_width: W; n beams fill a list of n items, more find better ones.
+          beam_width: W, at least n; n beams fill a list of n items, more find better ones.
           exclude, exclude_authors: ids never to recommend.
           allowed: item ids to choose from; None: all.
           include_seen: recommend items of the history too.
@@ -169,6 +170,13 @@ class Recommender:
                 raise InputError(f"{name} is {str(value)[:40]}: give a positive integer")
         if request_time_s is not None:
             _check_time(request_time_s)
+        for name, ids in (
+            ("exclude", exclude),
+            ("exclude_authors", exclude_authors),
+            ("allowed", allowed),
+        ):
+            if ids is not None and not is_list(ids):
+                raise InputError(f"{name} is {str(ids)[:40]}: give a list of ids")
         user, log = -1, None
         if isinstance(history, str | int | np.integer):
             user = self.catalogue.users.row(history)
@@ -197,8 +205,8 @@ class Recommender:
             log=log,
             request_time_s=int(last if request_time_s is None else request_time_s),
             n=min(int(n), len(items)),
-            # No more IDs than exist.
-            beam_width=min(int(beam_width), len(self.run.ids.leaf_sids)),
+            # As many as the list is long, and no more IDs than exist.
+            beam_width=min(max(int(beam_width), int(n)), len(self.run.ids.leaf_sids)),
             exclude=left_out[np.sort(first)],
             allowed=None if allowed is None else np.unique(items.rows(allowed)),
         )

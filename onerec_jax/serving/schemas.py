@@ -18,7 +18,7 @@ try:
         create_model,
     )
 except ImportError as error:
-    raise InputError('the server needs more packages: pip install "onerec-jax[serve]"') from error
+    raise InputError('the server needs more packages: pip install -e ".[serve]"') from error
 
 
 def _one_of(choose, **types):

@@ -35,7 +35,7 @@ try:
     from starlette.exceptions import HTTPException
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
-    raise InputError('the server needs more packages: pip install "onerec-jax[serve]"') from error
+    raise InputError('the server needs more packages: pip install -e ".[serve]"') from error
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 PAGE_HEADERS = {
@@ -132,10 +132,11 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
         title="onerec_jax",
         summary="Recommendations of one trained run",
         lifespan=lifespan,
+        redoc_url=None,
         responses={
             status: {"model": schemas.Error, "description": what}
             for status, what in {
-                400: "Not JSON in UTF-8",
+                400: "Not UTF-8",
                 408: "The request came too slowly",
                 413: "The body is too large",
                 422: "A value that cannot be",
@@ -152,7 +153,10 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
         first = error.errors()[0]
-        return refusal(422, f"{schemas.where(first['loc'])}: {first['msg']}")
+        line = f"{schemas.where(first['loc'])}: {first['msg']}"
+        if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
+            line += " (send it with Content-Type: application/json)"
+        return refusal(422, line)
 
     @app.exception_handler(InputError)
     async def wrong(request, error):
@@ -338,18 +342,31 @@ class Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Drops connections on which no request begins: uvicorn waits for headers for ever."""
+    """Drops connections whose next request does not begin: uvicorn waits for headers for ever."""
 
     wait_s = 10.0
+    _silence = None
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self._silence = self.loop.call_later(self.wait_s, self._drop)
+        self._watch()
+
+    def data_received(self, data):
+        super().data_received(data)
+        self._watch()
 
     def connection_lost(self, exc):
-        self._silence.cancel()
+        self._cancel()
         super().connection_lost(exc)
 
-    def _drop(self):
-        if self.cycle is None:
-            self.transport.close()
+    def _watch(self):
+        """Starts the clock with the first byte of a request's headers, stops it with the last."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._cancel()
+        elif self._silence is None:
+            self._silence = self.loop.call_later(self.wait_s, self.transport.close)
+
+    def _cancel(self):
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None

@@ -75,7 +75,10 @@ class Checkpoints:
     def load_note(self, step: int | None = None) -> dict[str, Any]:
         """The note of a step (None: the latest)."""
         self.wait()
-        return self._checkpointer.metadata(step).custom_metadata
+        try:
+            return self._checkpointer.metadata(step).custom_metadata
+        except Exception as error:  # as in `_load`
+            raise self._unreadable(step, error) from error
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
         """State of a step (None: the latest), onto the shardings of `abstract`.
@@ -102,12 +105,15 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as error:  # Orbax and TensorStore raise whatever a damaged file meets
-            which = f"step {self.latest if step is None else step}"
-            raise InputError(
-                f"checkpoint {which} in {self.folder} cannot be read "
-                f"({str(error).splitlines()[0][:200]}): delete its folder to go on from an "
-                "earlier one, or use another --run"
-            ) from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step, error: Exception) -> InputError:
+        which = f"step {self.latest if step is None else step}"
+        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return InputError(
+            f"checkpoint {which} in {self.folder} cannot be read ({line}): delete its folder to "
+            "go on from an earlier one, or take another run"
+        )
 
     def close(self) -> None:
         self.wait()
@@ -126,6 +132,8 @@ def _check_shapes(checkpoints: Checkpoints, step, abstract_variables) -> None:
         }
 
     have, want = shapes(stored), shapes(abstract_variables)
+    if not have:
+        raise ValueError("its metadata is missing or damaged")
     for name in sorted(have | want):
         if have.get(name) != want.get(name):
             raise InputError(

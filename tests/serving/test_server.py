@@ -421,4 +421,4 @@ def test_without_the_extra_packages(monkeypatch):
             patch.setitem(sys.modules, package, None)
             with pytest.raises(InputError) as error:
                 importlib.import_module(f"onerec_jax.serving.{module}")
-            assert 'pip install "onerec-jax[serve]"' in str(error.value)
+            assert 'pip install -e ".[serve]"' in str(error.value)
