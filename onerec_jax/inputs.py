@@ -128,3 +128,21 @@ class Batch:
     lifelong: Pathway
     target: jax.Array  # int32 [B, M, levels], semantic IDs of the next items, in order
     target_count: jax.Array  # int32 [B]; slots beyond repeat the real ones and bear no loss
+
+
+@struct.dataclass
+class RewardBatch:
+    """One history of each of B users and M items to be judged after parts of it.
+
+    History entry 0 is the newest. Item m is judged as if only the entries from `hidden[m]` on had
+    happened: exposures of one stretch of a log see what lies before each of them, candidates for
+    one request (hidden 0) see everything, and all share one pass over the history.
+    """
+
+    static: jax.Array  # int32 [B, static features]; bucket 0 = unknown
+    history: Pathway
+    seconds: jax.Array | None  # int32 [B, T], from each action to the request; None without times
+    target: Pathway  # the M items; no playtime and no labels
+    hidden: jax.Array  # int32 [B, M], newest entries that an item must not see
+    since: jax.Array  # int32 [B, M], seconds from the time that an item is judged at to the request
+    label: jax.Array  # int8 [B, M, objectives], 0 or 1; -1: unknown or no exposure

@@ -57,6 +57,11 @@ class Run:
     training: bool = False
     """Whether this process may write checkpoints; others only read them."""
 
+    stage = "pretrain"
+    """The experiment that makes such runs."""
+    flag = "--run"
+    """Its flag for the folder."""
+
     @classmethod
     def create(
         cls,
@@ -95,9 +100,13 @@ class Run:
             }
         path = folder / "config.json"
         if path.exists():
-            _refuse_other_settings(folder, read_json(path), json.loads(json.dumps(config)))
+            if difference := _difference(read_json(path), json.loads(json.dumps(config))):
+                raise InputError(
+                    f"{folder} holds a run with other settings ({difference}): give another "
+                    f"{cls.flag}"
+                )
         elif folder.exists() and not _only_begun(folder):
-            raise InputError(f"--run {folder} exists and is no run folder: give another one")
+            raise InputError(f"{cls.flag} {folder} exists and is no run folder: give another one")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "features.json", spec.to_json())
@@ -106,10 +115,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> "Run":
-        """Opens a run that `experiments.pretrain` has made.
+        """Opens a run that the experiment of this `stage` has made.
 
         Raises:
-          InputError: no run there, or its data set or semantic IDs have changed since.
+          InputError: no such run there, or its data set or semantic IDs have changed since.
         """
         folder = pathlib.Path(folder)
         try:
@@ -117,11 +126,16 @@ class Run:
             data_folder = pathlib.Path(config["data"]["folder"])
             ids_folder = pathlib.Path(config["semantic_ids"]["folder"])
             spec = FeatureSpec.from_json((folder / "features.json").read_text())
+            stage = config["settings"].get("stage", "pretrain")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{folder} is no run folder ({error}): make one with "
-                "`python -m experiments.pretrain`"
+                f"`python -m experiments.{cls.stage}`"
             ) from error
+        if stage != cls.stage:
+            raise InputError(
+                f"{folder} is a run of experiments.{stage}: give one of experiments.{cls.stage}"
+            )
         dataset = load_dataset(data_folder)
         ids = SemanticIds.load(ids_folder)
         found = {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
@@ -217,12 +231,16 @@ class Run:
             )
         return progress["best_step"]
 
+    @property
+    def example(self):
+        """A batch of one, for shapes."""
+        one = np.zeros(1, np.int32)
+        return self.builder(one, one)
+
     def load_best(self) -> dict:
         """Variables (`params`, `router`) of the best step, on the default device."""
-        one = np.zeros(1, np.int32)
-        example = self.builder(one, one)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = nn.unbox(jax.eval_shape(self.model().init, jax.random.key(0), example))
+        abstract = nn.unbox(jax.eval_shape(self.model().init, jax.random.key(0), self.example))
         abstract = {
             name: jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -249,8 +267,8 @@ def _only_begun(folder: pathlib.Path) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= begun
 
 
-def _refuse_other_settings(folder, old: dict, new: dict) -> None:
-    """Raises InputError if two configurations differ in more than the command."""
+def _difference(old: dict, new: dict) -> str | None:
+    """The first setting, beyond the command, in which two configurations differ."""
 
     def flat(value, name=""):
         if isinstance(value, dict):
@@ -260,7 +278,5 @@ def _refuse_other_settings(folder, old: dict, new: dict) -> None:
     before, now = flat(old | {"command": ""}), flat(new | {"command": ""})
     for name in before | now:  # data and IDs first: lives change with them
         if before.get(name) != now.get(name) and not name.endswith(".folder"):
-            raise InputError(
-                f"{folder} holds a run with other settings "
-                f"({name}: {before.get(name)} there, {now.get(name)} now): give another --run"
-            )
+            return f"{name}: {before.get(name)} there, {now.get(name)} now"
+    return None

@@ -118,8 +118,8 @@ def by_time(
     valid_from = ordered[int(time_s.size * (1 - valid_fraction - test_fraction))]
     test_from = ordered[int(time_s.size * (1 - test_fraction))]
 
-    train_end = _count_before(valid_from, time_s, dataset.offsets)
-    valid_end = _count_before(test_from, time_s, dataset.offsets)
+    train_end = count_before(valid_from, time_s, dataset.offsets)
+    valid_end = count_before(test_from, time_s, dataset.offsets)
     lengths = np.diff(dataset.offsets)
     valid_at = _first_target(train_end, valid_end, dataset.offsets, eligible)
     test_at = _first_target(valid_end, lengths, dataset.offsets, eligible)
@@ -149,7 +149,7 @@ def item_popularity(dataset: Dataset, split: Split) -> np.ndarray:
     return np.bincount(rows, minlength=dataset.num_items)
 
 
-def _count_before(moment: int, time_s: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def count_before(moment: int, time_s: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """int64 [U]: each user's actions before `moment`; a prefix, as positions follow time."""
     running = np.concatenate([[0], np.cumsum(time_s < moment)])
     return running[offsets[1:]] - running[offsets[:-1]]

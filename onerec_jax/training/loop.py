@@ -285,9 +285,10 @@ class _Tracer:
 
 
 def _progress_line(step, cfg, row, clock) -> str:
-    levels = " ".join(f"{x:.3f}" for x in row["loss_level"])
+    parts = row["loss_level"] if "loss_level" in row else row["loss_objective"]
+    parts = " ".join(f"{x:.3f}" for x in parts)
     line = (
-        f"step {step:>6}/{cfg.steps}  loss {row['loss']:.4f} ({levels})  {clock.rate:,.0f} users/s"
+        f"step {step:>6}/{cfg.steps}  loss {row['loss']:.4f} ({parts})  {clock.rate:,.0f} users/s"
     )
     if "mfu" in row:
         line += f"  MFU {row['mfu']:.1%}"

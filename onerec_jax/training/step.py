@@ -140,8 +140,13 @@ def _layers(stats) -> list[dict]:
 class Trainer:
     """The compiled step and the shardings of its state on one mesh."""
 
-    def __init__(self, model: OneRec, tx, mesh, example: Batch, *, seed: int, accumulate: int = 1):
-        """`example` is any batch of the right shapes; `model.train` must be True."""
+    def __init__(self, model, tx, mesh, example, *, seed: int, step=train_step, **options):
+        """`example` is any batch of the right shapes; `model.train` must be True.
+
+        Args:
+          step: the training step of the model, `train_step` for `OneRec`.
+          options: its further settings, such as `accumulate`.
+        """
         self.mesh = mesh
         self._init = functools.partial(init_state, batch=example, model=model, tx=tx)
         boxed = jax.eval_shape(self._init, jax.random.key(0))
@@ -154,7 +159,7 @@ class Trainer:
             nn.unbox(boxed),
             self.shardings,
         )
-        step = functools.partial(train_step, model=model, tx=tx, seed=seed, accumulate=accumulate)
+        step = functools.partial(step, model=model, tx=tx, seed=seed, **options)
         self.step = jax.jit(
             on_mesh(step, mesh),
             in_shardings=(self.shardings, NamedSharding(mesh, BATCH)),

@@ -1,0 +1,111 @@
+"""What a preference score is worth: against labels, and against a world that knows the truth.
+
+Axes: n exposures or pairs, O objectives, N sets of label weights, B requests, G candidates.
+"""
+
+import numpy as np
+from scipy.stats import rankdata
+
+from onerec_jax.data.schema import Dataset
+from onerec_jax.data.world.response import World, satisfaction
+from onerec_jax.evaluation.classification import auc, calibration, gauc
+
+WORLD_RATES = {
+    "ctr": "click",
+    "lvtr": "long_view",
+    "ltr": "like",
+    "wtr": "follow",
+    "cmtr": "comment",
+}
+"""Objectives whose probability a world states."""
+
+
+def objective_metrics(user, label, probability, p) -> dict:
+    """AUC, GAUC and calibration of one tower, and what p says of the same label.
+
+    Args:
+      user, label: int `[n]`; label -1 is unknown and left out.
+      probability, p: float `[n]`.
+    """
+    known = np.asarray(label) >= 0
+    user, label, probability, p = (np.asarray(x)[known] for x in (user, label, probability, p))
+    (user_auc, users), (p_user_auc, _) = gauc(user, label, probability), gauc(user, label, p)
+    return {
+        "exposures": int(known.sum()),
+        "rate": float(label.mean()) if label.size else float("nan"),
+        "auc": auc(label, probability),
+        "gauc": user_auc,
+        "gauc_users": users,
+        "p_auc": auc(label, p),
+        "p_gauc": p_user_auc,
+        "calibration": calibration(label, probability),
+    }
+
+
+def auc_by_weights(label_no, p_nn) -> np.ndarray:
+    """AUC of p under each set of weights against each label, float64 `[N, O]`.
+
+    Args:
+      label_no: int `[n, O]`, -1 unknown.
+      p_nn: float `[n, N]`.
+    """
+    known = label_no >= 0
+    return np.array(
+        [
+            [auc(label_no[known[:, o], o], p[known[:, o]]) for o in range(label_no.shape[1])]
+            for p in p_nn.T
+        ]
+    )
+
+
+def spearman(a, b) -> float:
+    """Rank correlation of two `[n]`; NaN where either is constant."""
+    a, b = (rankdata(x) - (len(x) + 1) / 2 for x in (a, b))
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm else float("nan")
+
+
+def world_expectations(dataset: Dataset, world: World, user, item, row) -> dict[str, np.ndarray]:
+    """What the world expects of users shown items in the situation of a log row, float `[n]` each.
+
+    Args:
+      user, item: int `[n]`, rows of the tables.
+      row: int `[n]`, exposures whose session, slot and time are meant.
+    """
+    # A table's row is the world's as long as nobody was dropped; the id is it always.
+    user, item = (
+        dataset.users["user_id"].to_numpy()[user],
+        dataset.items["item_id"].to_numpy()[item],
+    )
+    session, slot, time_s = (dataset.column(c)[row] for c in ("session", "slot", "time_s"))
+    answer = world.expected(user, item, session, slot, time_s)
+    rates = {name: getattr(answer, field) for name, field in WORLD_RATES.items()}
+    return rates | {"satisfaction": satisfaction(answer)}
+
+
+def against_world(expected: dict, scores: dict) -> dict[str, float]:
+    """Spearman correlations over all pairs `[n]`: each tower with its rate, p with satisfaction."""
+    found = {name: spearman(scores[name], expected[name]) for name in scores if name in expected}
+    found["p, satisfaction"] = spearman(scores["p"], expected["satisfaction"])
+    return found
+
+
+def within_users(expected: dict, scores: dict) -> dict[str, float]:
+    """Mean of `against_world` over the rows of `[B, G]`: how well each user's items are ranked."""
+    rows = [
+        against_world({k: v[b] for k, v in expected.items()}, {k: v[b] for k, v in scores.items()})
+        for b in range(len(scores["p"]))
+    ]
+    return {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0]}
+
+
+def unexposed_items(dataset: Dataset, user, number: int, seed: int) -> np.ndarray:
+    """Random items that each user was never shown, int32 `[B, number]`; repeats where too few."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for u in np.asarray(user):
+        shown = dataset.item_rows[dataset.offsets[u] : dataset.offsets[u + 1]]
+        others = np.setdiff1d(np.arange(dataset.num_items), shown)
+        others = others if len(others) else np.arange(dataset.num_items)
+        rows.append(rng.choice(others, number, replace=len(others) < number))
+    return np.array(rows, np.int32)

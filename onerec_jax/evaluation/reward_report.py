@@ -1,0 +1,150 @@
+"""The report of a preference score as tables, Markdown and plots."""
+
+import pathlib
+
+import numpy as np
+
+
+def _number(value, digits=4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def without_nan(value):
+    """JSON knows no NaN: what could not be measured is None."""
+    if isinstance(value, dict):
+        return {key: without_nan(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [without_nan(x) for x in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def objective_rows(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table, one row an objective."""
+    oracle = "world" in report
+    header = ["objective", "rate", "AUC", *(["AUC of the world"] if oracle else [])]
+    header += ["GAUC", *(["GAUC of the world"] if oracle else []), "AUC of p", "GAUC of p", "ECE"]
+    rows = []
+    for name, result in report["test"].items():
+        world = report.get("world", {}).get("oracle", {}).get(name, {})
+        row = [name, _number(result["rate"]), _number(result["auc"])]
+        row += [_number(world.get("auc"))] if oracle else []
+        row += [_number(result["gauc"])] + ([_number(world.get("gauc"))] if oracle else [])
+        row += [_number(result["p_auc"]), _number(result["p_gauc"])]
+        rows.append([*row, _number(result["calibration"]["error"])])
+    return header, rows
+
+
+def weight_rows(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the search: AUC of p on validation exposures under each set of weights."""
+    names, base = report["objectives"], report["search"]["auc"][0]
+    header, rows = ["label weights", *names], []
+    for i, candidate in enumerate(report["search"]["names"]):
+        auc = report["search"]["auc"][i]
+        cells = []
+        for x, b in zip(auc, base, strict=True):
+            cells.append(_number(x) + (f" ({x - b:+.4f})" if i and x is not None else ""))
+        rows.append([candidate + (" (kept)" if i == report["search"]["kept"] else ""), *cells])
+    return header, rows
+
+
+def world_rows(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the correlations with what the world expects."""
+    parts = report["world"]["correlation"]
+    header = ["Spearman with the expected", *parts]
+    names = next(iter(parts.values()))
+    return header, [[name, *(_number(part[name]) for part in parts.values())] for name in names]
+
+
+def _markdown_table(header, rows) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def markdown(report: dict) -> str:
+    """The report in words, tables and plots."""
+    data, model, parts = report["dataset"], report["model"], report["exposures"]
+    lines = [
+        f"# Preference score on {data['name']}",
+        "",
+        f"`{report['command']}`",
+        "",
+        f"{data['users']:,} users, {data['items']:,} items; exposures in time order: "
+        f"{parts['train']:,} to train on ({report['share']}), {parts['valid']:,} to choose by, "
+        f"{parts['test']:,} to test. {model['parameters']:,} parameters, best step "
+        f"{model['best_step']}, {model['compute_dtype']}.",
+        "",
+        *(line for note in report["notes"] for line in (note, "")),
+        "## Test",
+        "",
+        *_markdown_table(*objective_rows(report)),
+        "GAUC: AUC within a user, mean over users with both kinds of label, weighted by their "
+        "exposures. ECE: mean distance of prediction and rate over bins of equal size. "
+        "p is trained against every label at once.",
+        "",
+        f"![calibration]({report['plots'][0]}.png)",
+        "",
+    ]
+    if "world" in report:
+        lines += [
+            "## Against the world",
+            "",
+            *_markdown_table(*world_rows(report)),
+            "The AUC of the world is that of its own probabilities, which know each session's "
+            "mood: nobody who has only seen the log can reach it.",
+            "",
+        ]
+    weights = ", ".join(f"{k} {v:.3g}" for k, v in report["weights"].items())
+    lines += [
+        "## Label weights",
+        "",
+        *_markdown_table(*weight_rows(report)),
+        "AUC of p on validation exposures. Kept: the highest mean among the weights under which no "
+        f"objective falls below the first row. Now: {weights}.",
+        "",
+        "## Training",
+        "",
+        f"![training]({report['plots'][1]}.png)",
+        "",
+        "| stage | s |",
+        "| --- | ---: |",
+        *(f"| {stage} | {seconds:.1f} |" for stage, seconds in report["seconds"].items()),
+        "",
+        ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw_plots(folder: pathlib.Path, report: dict, rows: list[dict]) -> list[str]:
+    """Writes calibration and training curves as PNG; returns their names.
+
+    Args:
+      rows: of `metrics.jsonl`.
+    """
+    from matplotlib.figure import Figure  # no pyplot: a notebook keeps its backend
+
+    names = report["objectives"]
+    figure = Figure(figsize=(2.6 * len(names), 2.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        found = report["test"][name]["calibration"]
+        top = 1.05 * max(*found["predicted"], *found["observed"], 1e-6)
+        axis.plot([0, top], [0, top], color="grey", linewidth=0.8, linestyle=":")
+        axis.plot(found["predicted"], found["observed"], "o-", markersize=3, linewidth=1)
+        axis.set(title=name, xlabel="predicted", xlim=(0, top), ylim=(0, top))
+    figure.axes[0].set_ylabel("observed")
+    figure.savefig(folder / "calibration.png", dpi=120)
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    loss, auc = figure.subplots(1, 2)
+    train = [row for row in rows if "loss_objective" in row]
+    checks = [row for row in rows if row.get("validation")]
+    for i, name in enumerate(names):
+        curve = np.array([row["loss_objective"][i] for row in train])
+        # Rates differ by orders of magnitude: each curve against where it began.
+        loss.plot([row["step"] for row in train], curve / curve[0], label=name)
+        auc.plot([row["step"] for row in checks], [row.get(f"auc_{name}") for row in checks], "o-")
+    loss.set(xlabel="step", ylabel="loss, against the first row")
+    auc.set(xlabel="step", ylabel="validation AUC")
+    loss.legend()
+    figure.savefig(folder / "training.png", dpi=120)
+    return ["calibration", "training"]
