@@ -32,6 +32,7 @@ class RewardRun(Run):
     """An opened run folder of `experiments.train_reward`."""
 
     stage, flag = "train_reward", "--out"
+    stages = (stage,)
 
     @functools.cached_property
     def model_config(self) -> RewardConfig:

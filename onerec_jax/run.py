@@ -59,6 +59,8 @@ class Run:
 
     stage = "pretrain"
     """The experiment that makes such runs."""
+    stages = ("pretrain", "posttrain")
+    """Those whose runs open as this: a post-trained model is as any other."""
     flag = "--run"
     """Its flag for the folder."""
 
@@ -132,7 +134,7 @@ class Run:
                 f"{folder} is no run folder ({error}): make one with "
                 f"`python -m experiments.{cls.stage}`"
             ) from error
-        if stage != cls.stage:
+        if stage not in cls.stages:
             raise InputError(
                 f"{folder} is a run of experiments.{stage}: give one of experiments.{cls.stage}"
             )
