@@ -108,7 +108,9 @@ class TrainRewardConfig:
         batch_size=32, steps=10_000, log_every=100, validate_every=500, patience=3
     )
     """A user of a step is a block of up to 16 exposures of one."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, warmup_steps=200)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=4e-3, warmup_steps=200, weight_decay=0.05
+    )
     positive: PositiveRule = PositiveRule()
     """With --data: what the features count as positive feedback."""
     features: FeatureConfig = FeatureConfig()
@@ -335,6 +337,15 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
     scores = {name: _sigmoid(tower_no[:, i]) for i, name in enumerate(run.objectives)}
     scores["p"] = _sigmoid(p_nn[:, kept])
     labels = dict(zip(run.objectives, run.labels_no[rows].T, strict=True))
+    training = run.blocks("train").rows(data.offsets)
+    tests = {}
+    for i, (name, label) in enumerate(labels.items()):
+        tests[name] = preference.objective_metrics(user, label, scores[name], scores["p"])
+        rates = preference.item_rates(
+            data.item_rows[training], run.labels_no[training, i], data.num_items
+        )
+        known = label >= 0
+        tests[name]["item_rate_auc"] = auc(label[known], rates[data.item_rows[rows[known]]])
     result = {
         "command": run.config["command"],
         "dataset": {"name": data.name, **data.counts},
@@ -349,10 +360,7 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
             "best_step": run.best_step,
             "compute_dtype": resolve_dtype(run.model_config.compute_dtype).name,
         },
-        "test": {
-            name: preference.objective_metrics(user, label, scores[name], scores["p"])
-            for name, label in labels.items()
-        },
+        "test": tests,
         "weights": dict(zip(run.objectives, run.weight_no[kept].tolist(), strict=True)),
         "search": {
             "names": run.config["settings"]["weight_names"],
@@ -395,12 +403,16 @@ def against_world(config: TrainRewardConfig, run: RewardRun, rows, user, labels,
     """
     data, cfg = run.dataset, config.evaluation
     world = World.from_meta(data.meta)
-    expected = preference.world_expectations(data, world, user, data.item_rows[rows], rows)
+    items = data.item_rows[rows]
+    expected = preference.world_expectations(data, world, user, items, rows)
+    blind = preference.world_expectations(data, world, user, items, rows, moods=MOODS)
     oracle = {}
     for name in set(labels) & set(expected):
         known = labels[name] >= 0
-        label, truth = labels[name][known], expected[name][known]
-        oracle[name] = {"auc": auc(label, truth), "gauc": gauc(user[known], label, truth)[0]}
+        label, who = labels[name][known], user[known]
+        truth, guess = expected[name][known], blind[name][known]
+        oracle[name] = {"auc": auc(label, truth), "gauc": gauc(who, label, truth)[0]}
+        oracle[name]["auc_without_mood"] = auc(label, guess)
 
     start, end = run.parts.test
     users = np.flatnonzero(end > start)
@@ -424,6 +436,10 @@ def against_world(config: TrainRewardConfig, run: RewardRun, rows, user, labels,
             ),
         },
     }
+
+
+MOODS = 16
+"""Sessions whose moods stand for any mood that a user may be in."""
 
 
 def show(result: dict) -> None:

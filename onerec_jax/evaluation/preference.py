@@ -7,7 +7,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from onerec_jax.data.schema import Dataset
-from onerec_jax.data.world.response import World, satisfaction
+from onerec_jax.data.world.response import Response, World, satisfaction
 from onerec_jax.evaluation.classification import auc, calibration, gauc
 
 WORLD_RATES = {
@@ -42,6 +42,19 @@ def objective_metrics(user, label, probability, p) -> dict:
     }
 
 
+def item_rates(item, label, num_items: int, prior: float = 20.0) -> np.ndarray:
+    """Share of positive labels of every item, float64 `[I]`: what can be said without the user.
+
+    Args:
+      item, label: int `[n]`, of training exposures; label -1 is unknown.
+      prior: exposures that the mean over all items counts for.
+    """
+    known = np.asarray(label) >= 0
+    item, label = np.asarray(item)[known], np.asarray(label)[known]
+    positive = np.bincount(item, label, num_items)
+    return (positive + prior * label.mean()) / (np.bincount(item, minlength=num_items) + prior)
+
+
 def auc_by_weights(label_no, p_nn) -> np.ndarray:
     """AUC of p under each set of weights against each label, float64 `[N, O]`.
 
@@ -65,12 +78,17 @@ def spearman(a, b) -> float:
     return float(a @ b / norm) if norm else float("nan")
 
 
-def world_expectations(dataset: Dataset, world: World, user, item, row) -> dict[str, np.ndarray]:
+def world_expectations(
+    dataset: Dataset, world: World, user, item, row, *, moods: int = 0
+) -> dict[str, np.ndarray]:
     """What the world expects of users shown items in the situation of a log row, float `[n]` each.
 
     Args:
       user, item: int `[n]`, rows of the tables.
       row: int `[n]`, exposures whose session, slot and time are meant.
+      moods: 0: in the mood that the session is in, which no log tells. Otherwise a mean over the
+        moods of so many other sessions at the same time, as for somebody who knows everything but
+        the session.
     """
     # A table's row is the world's as long as nobody was dropped; the id is it always.
     user, item = (
@@ -78,7 +96,10 @@ def world_expectations(dataset: Dataset, world: World, user, item, row) -> dict[
         dataset.items["item_id"].to_numpy()[item],
     )
     session, slot, time_s = (dataset.column(c)[row] for c in ("session", "slot", "time_s"))
-    answer = world.expected(user, item, session, slot, time_s)
+    # The number of a session decides its mood and nothing else; no log gets as far as these.
+    others = [session + 2**20 * (1 + k) for k in range(moods)] or [session]
+    answers = [world.expected(user, item, other, slot, time_s) for other in others]
+    answer = Response(*(np.mean(field, axis=0) for field in zip(*answers, strict=True)))
     rates = {name: getattr(answer, field) for name, field in WORLD_RATES.items()}
     return rates | {"satisfaction": satisfaction(answer)}
 

@@ -21,13 +21,14 @@ def without_nan(value):
 def objective_rows(report: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the main table, one row an objective."""
     oracle = "world" in report
-    header = ["objective", "rate", "AUC", *(["AUC of the world"] if oracle else [])]
+    header = ["objective", "rate", "AUC of item rate", "AUC"]
+    header += ["AUC of the world", "without mood"] if oracle else []
     header += ["GAUC", *(["GAUC of the world"] if oracle else []), "AUC of p", "GAUC of p", "ECE"]
     rows = []
     for name, result in report["test"].items():
         world = report.get("world", {}).get("oracle", {}).get(name, {})
-        row = [name, _number(result["rate"]), _number(result["auc"])]
-        row += [_number(world.get("auc"))] if oracle else []
+        row = [name, *(_number(result[x]) for x in ("rate", "item_rate_auc", "auc"))]
+        row += [_number(world.get(x)) for x in ("auc", "auc_without_mood")] if oracle else []
         row += [_number(result["gauc"])] + ([_number(world.get("gauc"))] if oracle else [])
         row += [_number(result["p_auc"]), _number(result["p_gauc"])]
         rows.append([*row, _number(result["calibration"]["error"])])
@@ -78,8 +79,9 @@ def markdown(report: dict) -> str:
         "",
         *_markdown_table(*objective_rows(report)),
         "GAUC: AUC within a user, mean over users with both kinds of label, weighted by their "
-        "exposures. ECE: mean distance of prediction and rate over bins of equal size. "
-        "p is trained against every label at once.",
+        "exposures. AUC of item rate: by the item's share of positive labels in training, whoever "
+        "the user is. ECE: mean distance of prediction and rate over bins of equal size. p is "
+        "trained against every label at once.",
         "",
         f"![calibration]({report['plots'][0]}.png)",
         "",
@@ -90,7 +92,8 @@ def markdown(report: dict) -> str:
             "",
             *_markdown_table(*world_rows(report)),
             "The AUC of the world is that of its own probabilities, which know each session's "
-            "mood: nobody who has only seen the log can reach it.",
+            "mood: nobody who has only seen the log can reach it. Without mood: of their mean over "
+            "the moods that the user may be in then, with everything else known.",
             "",
         ]
     weights = ", ".join(f"{k} {v:.3g}" for k, v in report["weights"].items())

@@ -25,6 +25,7 @@ from onerec_jax.models.layers import Dtype, dense, embedding, leaky_relu, lookup
 from onerec_jax.models.onerec import resolve_dtype
 
 SMALL = 0.1
+"""Scale at which items' own embeddings begin: content is to speak until exposures have."""
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -41,10 +42,12 @@ class RewardConfig:
     """Actions that the search keeps, by likeness of content."""
     recent_length: int = 32
     """Latest actions that are read whatever they are about."""
+    item_dim: int = 16
+    """Width of an item's own embedding: narrow, for a hundred clicks tell little more than that."""
     author_dim: int = 32
     feature_dim: int = 16
     """Width of the tag, playtime and duration embeddings."""
-    static_dim: int = 32
+    static_dim: int = 8
     """Width of each static user feature's embedding."""
     shared_dims: tuple[int, ...] = (256, 128)
     """Hidden widths under all towers."""
@@ -55,7 +58,7 @@ class RewardConfig:
     item_dropout: float = 0.1
     """Share of items whose own embedding is hidden in training, so that content has to do: it is
     all there is of an item that was never shown."""
-    dropout: float = 0.1
+    dropout: float = 0.2
     """In the layers under the towers."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPU and TPU, float32 on CPU. Master weights are always float32."""
@@ -67,7 +70,7 @@ class RewardConfig:
                 flag = name.replace("_", "-")
                 raise InputError(f"--model.{flag} {getattr(self, name)}: give widths from 1 on")
         ones = ("d_model", "num_heads", "history_length", "top_k", "recent_length")
-        widths = ("author_dim", "feature_dim", "static_dim")
+        widths = ("item_dim", "author_dim", "feature_dim", "static_dim")
         require_at_least(self, "model.", **dict.fromkeys(ones + widths, 1))
         require_at_least(self, "model.", item_dropout=0, dropout=0)
         if self.d_model % self.num_heads:
@@ -108,8 +111,7 @@ class ItemEmbedding(nn.Module):
         if train and cfg.item_dropout:
             hidden = jax.random.bernoulli(self.make_rng("dropout"), cfg.item_dropout, index.shape)
             index = jnp.where(hidden, 0, index)
-        # Nearly nothing at first: content is to speak until enough exposures have.
-        add("item", index, spec.num_items + 1, cfg.d_model, SMALL)
+        add("item", index, spec.num_items + 1, cfg.item_dim, SMALL)
         if spec.num_authors:
             add("author", items.author, spec.num_authors + 1, cfg.author_dim)
         if spec.tags:

@@ -154,12 +154,12 @@ class Trainer:
     """The compiled step and the shardings of its state on one mesh."""
 
     def __init__(
-        self, model, tx, mesh, example, *, seed: int, step=train_step, init=init_state, **options
+        self, model, tx, mesh, example, *, seed: int, step=None, init=init_state, **options
     ):
         """`example` is any batch of the right shapes; `model.train` must be True.
 
         Args:
-          step: the training step of the model, `train_step` for `OneRec`.
+          step: the training step of the model; None: `train_step`, that of `OneRec`.
           init: what makes its first state.
           options: further settings of the step, such as `accumulate`.
         """
@@ -176,7 +176,7 @@ class Trainer:
             self.shardings,
         )
         self._tx = tx
-        step = functools.partial(step, model=model, tx=tx, seed=seed, **options)
+        step = functools.partial(step or train_step, model=model, tx=tx, seed=seed, **options)
         self.step = jax.jit(
             on_mesh(step, mesh),
             in_shardings=(self.shardings, NamedSharding(mesh, BATCH)),

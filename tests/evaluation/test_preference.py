@@ -47,6 +47,12 @@ def test_correlations_over_all_pairs_and_within_users():
     assert found["p, satisfaction"] == pytest.approx(0)  # one user right, one wrong
 
 
+def test_item_rates_by_hand():
+    """Ten exposures of a mean of 1/2 come on top; an unknown label is none."""
+    found = preference.item_rates([0, 0, 1, 1, 2], [1, 1, 0, 0, -1], 4, prior=10)
+    np.testing.assert_allclose(found, [7 / 12, 5 / 12, 0.5, 0.5])
+
+
 def test_unexposed_items():
     data = helpers.full_dataset(users=3, items=12)
     found = preference.unexposed_items(data, [0, 2], 4, seed=0)
@@ -80,3 +86,11 @@ def test_the_world_is_asked_in_the_situation_of_the_row():
     np.testing.assert_array_equal(found["lvtr"], answer.long_view)
     np.testing.assert_array_equal(found["satisfaction"], satisfaction(answer))
     assert set(found) == {"ctr", "lvtr", "ltr", "wtr", "cmtr", "satisfaction"}
+    asked.clear()
+    blind = preference.world_expectations(
+        data, Stub(), np.array([0, 3]), np.array([5, 1]), np.array([7, 2]), moods=3
+    )
+    sessions = np.array([call[2] for call in asked])
+    assert len(np.unique(sessions)) == 6  # of other sessions, all different
+    assert sessions.min() > n
+    np.testing.assert_array_equal(blind["lvtr"], answer.long_view)

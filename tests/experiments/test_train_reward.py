@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import types
 
 import helpers
 import jax
@@ -14,6 +15,7 @@ from conftest import make_data, quick_compilation, tree
 
 from experiments import train_reward
 from onerec_jax.data.exposures import ExposureStream
+from onerec_jax.data.features import positive_actions
 from onerec_jax.data.schema import build_dataset, save_dataset
 from onerec_jax.errors import InputError
 from onerec_jax.reward_run import RewardRun, open_reward
@@ -220,7 +222,14 @@ def test_words_are_enough_for_items_never_shown(rewarded):
     assert found["ctr"][fits].mean() > found["ctr"][~fits].mean() + 0.1
 
 
-# -------------------------------------------------------------------------------------- bad input
+def test_ratings_are_no_exposures():
+    """A reader of the report is told so; of a log with clicks there is nothing to tell."""
+    data = helpers.full_dataset()
+    assert train_reward.notes(types.SimpleNamespace(dataset=data)) == []
+    rated = data.interactions.drop("click", "playtime_s")
+    rated = types.SimpleNamespace(dataset=dataclasses.replace(data, interactions=rated))
+    (note,) = train_reward.notes(rated)
+    assert "no exposures" in note
 
 
 def parse(*flags):
@@ -229,6 +238,32 @@ def parse(*flags):
         patch.setattr(train_reward, "main", seen.append)
         train_reward.run_command([str(flag) for flag in flags])
     return seen[0]
+
+
+def test_everything_else_comes_from_the_run(rewarded, tmp_path):
+    """Data set, IDs, features, and what the policy is tested on; but no clusters."""
+    folder, _, _ = rewarded
+    source = RewardRun.open(folder)
+    policy = Run.create(
+        tmp_path / "policy",
+        settings={"targets": "positive"},
+        command="",
+        data_folder=folder.parent / "data",
+        ids_folder=folder.parent / "ids",
+        dataset=source.dataset,
+        ids=source.ids,
+        spec=dataclasses.replace(source.spec, clustered=True, num_authors=0),
+    )
+    config = parse("--run", policy.folder, "--out", tmp_path / "reward", *MODEL, *TRAIN)
+    ours = train_reward.open_run(config, train_reward.find_source(config))
+    assert ours.spec == dataclasses.replace(policy.spec, clustered=False)
+    for part in ("data", "semantic_ids"):
+        assert ours.config[part] == policy.config[part]
+    assert (ours.eligible == positive_actions(ours.dataset, policy.spec.positive)).all()
+    assert open_reward(folder, policy).objectives == ("ctr", "ltr")
+
+
+# -------------------------------------------------------------------------------------- bad input
 
 
 def test_the_judge_is_another_model():
