@@ -36,20 +36,20 @@ from onerec_jax.evaluation.ranking import paired_difference, ranking_metrics
 from onerec_jax.files import read_json, write_text
 from onerec_jax.generation.rollout import RolloutConfig
 from onerec_jax.losses.ecpo import PolicyConfig
-from onerec_jax.policy_trainer import PolicyStream, PolicyTrainer, Rewarder, RolloutFiles
-from onerec_jax.reward_run import RewardRun, open_reward
-from onerec_jax.rewards.industrial import IndustrialConfig, flagged_items
-from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import USER_AXES, MeshConfig, check_mesh, make_mesh
-from onerec_jax.training.loop import Interrupted, LoopConfig, fit
-from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
-from onerec_jax.training.policy_step import (
+from onerec_jax.posttraining.step import (
     FormatConfig,
     LossWeights,
     ObjectiveConfig,
     init_policy_state,
     policy_step,
 )
+from onerec_jax.posttraining.trainer import PolicyStream, PolicyTrainer, Rewarder, RolloutFiles
+from onerec_jax.reward_run import RewardRun, open_reward
+from onerec_jax.rewards.industrial import IndustrialConfig, flagged_items
+from onerec_jax.run import Run, settings_hash
+from onerec_jax.sharding import USER_AXES, MeshConfig, check_mesh, make_mesh
+from onerec_jax.training.loop import Interrupted, LoopConfig, fit
+from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
 # ------------------------------------------------------------------------------------- settings

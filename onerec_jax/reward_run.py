@@ -213,6 +213,14 @@ class Scorer:
         found[item_rows < 0] = np.nan
         return {name: found[..., i] for i, name in enumerate(("p", *self.objectives))}
 
+    def over(self, log) -> "Scorer":
+        """The same over another `ActionLog` of the same users; nothing compiles anew."""
+        old = self.builder
+        builder = RewardBatchBuilder(log, old.items, old.cfg, old.item_index > 0)
+        other = dataclasses.replace(self, builder=builder)
+        other.__dict__["_apply"] = self._apply
+        return other
+
     @functools.cached_property
     def _apply(self):
         @jax.jit

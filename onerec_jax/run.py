@@ -185,6 +185,11 @@ class Run:
         """Order of items with equal scores: popularity, then lower row. Int32 `[I]`."""
         return tie_order(self.popularity)
 
+    @property
+    def popular(self) -> np.ndarray:
+        """Item rows, the most popular first, int32 `[I]`."""
+        return np.argsort(self.tie_order).astype(np.int32)
+
     @functools.cached_property
     def builder(self) -> BatchBuilder:
         """Builds batches from the run's own log."""

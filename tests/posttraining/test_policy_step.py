@@ -11,11 +11,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.generation.rollout import policy_log_probs
 from onerec_jax.losses.ecpo import PolicyConfig
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.rewards.industrial import IndustrialConfig
-from onerec_jax.sharding import make_mesh, put_batch
-from onerec_jax.training.checkpoint import Checkpoints
-from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
-from onerec_jax.training.policy_step import (
+from onerec_jax.posttraining.step import (
     FormatConfig,
     LossWeights,
     ObjectiveConfig,
@@ -23,6 +19,10 @@ from onerec_jax.training.policy_step import (
     init_policy_state,
     policy_step,
 )
+from onerec_jax.rewards.industrial import IndustrialConfig
+from onerec_jax.sharding import make_mesh, put_batch
+from onerec_jax.training.checkpoint import Checkpoints
+from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
 SPEC = helpers.bare_spec()

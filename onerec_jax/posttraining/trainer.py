@@ -28,11 +28,11 @@ from onerec_jax.generation.rollout import (
 )
 from onerec_jax.generation.trie import build_trie
 from onerec_jax.inputs import Batch
+from onerec_jax.posttraining.step import PolicyBatch
 from onerec_jax.rewards.advantage import check_rewards
 from onerec_jax.rewards.format import legal_prefixes
 from onerec_jax.run import Run
 from onerec_jax.sharding import on_mesh, put_batch
-from onerec_jax.training.policy_step import PolicyBatch
 from onerec_jax.training.step import Trainer, TrainState
 
 
