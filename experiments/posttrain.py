@@ -195,31 +195,29 @@ def origin(run: Run) -> dict:
 # --------------------------------------------------------------------------------------- stages
 
 
-def finished(folder: pathlib.Path, open) -> Run:
-    """A run that has come to its end.
+def finished(run: Run) -> Run:
+    """The run, if it has come to its end.
 
     Raises:
-      InputError: it has not, or it is none.
+      InputError: it has not.
     """
-    run = open(folder)
     if not run.finished:
-        raise InputError(f"{folder} is not trained to its end: run `{run.config['command']}` on")
+        raise InputError(
+            f"{run.folder} is not trained to its end: run `{run.config['command']}` on"
+        )
     return run
 
 
 def open_rewards(config: PosttrainConfig, parent: Run) -> tuple[RewardRun, RewardRun | None]:
     """The reward and the judge."""
-
-    def checked(folder):
-        return finished(folder, lambda folder: open_reward(folder, parent))
-
-    reward = checked(config.reward)
+    reward = finished(open_reward(config.reward, parent))
     known = ("p", *reward.objectives)
     if config.objective not in known:
         raise InputError(
             f"--objective {config.objective}: {config.reward} knows {', '.join(known)}: give one"
         )
-    return reward, None if config.judge is None else checked(config.judge)
+    judge = None if config.judge is None else finished(open_reward(config.judge, parent))
+    return reward, judge
 
 
 def read_flagged(config: PosttrainConfig, run: Run) -> np.ndarray | None:
@@ -229,7 +227,7 @@ def read_flagged(config: PosttrainConfig, run: Run) -> np.ndarray | None:
     path = pathlib.Path(config.flagged)
     if not path.is_file():
         return flagged_items(run.dataset, config.flagged)
-    words = path.read_text().split()
+    words = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if run.dataset.items["item_id"].dtype.is_integer():
         try:
             words = [int(word) for word in words]
@@ -302,9 +300,8 @@ def make_validation(config: PosttrainConfig, run: Run, scorer, mesh):
     return validate
 
 
-def train(config: PosttrainConfig, parent: Run, run: Run, reward: RewardRun, flagged, mesh):
+def train(config: PosttrainConfig, parent: Run, run: Run, reward, examples, flagged, mesh):
     """Trains to the end, from the latest checkpoint if there is one."""
-    examples = rsft_examples(config, run)
     users = rollout_users(config, mesh)
     stream = TrainStream(
         run.builder,
@@ -440,7 +437,7 @@ def main(config: PosttrainConfig) -> None:
         # Read once, when the backend starts: nothing above may have touched a device.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    parent = finished(config.run, Run.open)
+    parent = finished(Run.open(config.run))
     reward, judge = open_rewards(config, parent)
     flagged = read_flagged(config, parent)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -450,7 +447,8 @@ def main(config: PosttrainConfig) -> None:
         batch_size=config.train.batch_size,
         accumulate=config.train.accumulate,
     )
-    check_batch_size(config.train.batch_size, rsft_examples(config, parent))
+    examples = rsft_examples(config, parent)
+    check_batch_size(config.train.batch_size, examples)
     run = open_run(config, parent, reward, flagged)
     path = run.folder / "comparison.json"
     if path.exists():
@@ -458,7 +456,7 @@ def main(config: PosttrainConfig) -> None:
         result = read_json(path)
     else:
         try:
-            _, progress = train(config, parent, run, reward, flagged, mesh)
+            _, progress = train(config, parent, run, reward, examples, flagged, mesh)
         except Interrupted as interrupted:
             print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
             raise SystemExit(130) from None
