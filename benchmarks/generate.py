@@ -18,7 +18,6 @@ loss-free balancing leaves a trained model; `max_violation` says how evenly.
         --codebook-size 256 --repeats 5
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -34,15 +33,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import results
 from benchmarks.random_data import large_spec, lengths_of, random_users
-from onerec_jax import cli
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import InputError, require_at_least
-from onerec_jax.files import write_text
 from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.generator import compute_copy
 from onerec_jax.generation.topk import top_k_of_rows
 from onerec_jax.generation.trie import Trie, build_trie
+from onerec_jax.models import moe
 from onerec_jax.models.moe import max_violation, update_router_bias
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.training.flops import generation_flops
@@ -71,6 +70,8 @@ class BenchmarkConfig:
     embedded_items: int = 200_000
     authors: int = 50_000
     balancing_steps: int = 60
+    common_load: float = moe.COMMON_LOAD
+    """Rows of an expert that run together, as a multiple of the mean; those over take a loop."""
     repeats: int = 100
     """Timed batches of a search."""
     calls: int = 50
@@ -102,7 +103,11 @@ class WithLoads:
 
 
 def balance(model, variables, batch, width, steps):
-    """Variables with the router's bias moved until searches load the experts evenly, and MaxVio."""
+    """Variables with the router's bias moved until searches load the experts evenly.
+
+    Returns:
+      Them, MaxVio, and the blocks over the common load that a search of this batch runs.
+    """
 
     @jax.jit
     def step(variables, batch):
@@ -113,13 +118,20 @@ def balance(model, variables, batch, width, steps):
         worst = jnp.stack([max_violation(x).max() for x in load]).max()
         router = variables["router"]
         moved = {part: update_router_bias(router[part], stats[part], 0.02) for part in stats}
-        return {**router, **moved}, worst
+        return {**router, **moved}, worst, counting.loads
 
-    worst = 0.0
+    worst, blocks = 0.0, 0
     for _ in range(steps if variables.get("router") else 0):
-        router, worst = step(variables, batch)
+        router, worst, loads = step(variables, batch)
         variables = {**variables, "router": router}
-    return variables, float(worst)
+    if variables.get("router"):
+        _, worst, loads = step(variables, batch)
+        for path, load in jax.tree_util.tree_leaves_with_path(jax.device_get(loads)):
+            if "load" in str(path):
+                tokens = int(load.sum(-1).max() / model.cfg.experts_per_token)
+                rows = moe.dropless_rows(tokens, load.shape[-1], model.cfg.experts_per_token)
+                blocks += int(np.ceil(np.maximum(load - rows, 0) / moe.BLOCK).sum())
+    return variables, float(worst), blocks
 
 
 def random_trie(config: BenchmarkConfig) -> tuple[Trie, dict]:
@@ -274,6 +286,7 @@ def main(config: BenchmarkConfig) -> None:
     """Make the model and the trie, measure, print, write."""
     if config.profile is not None:  # before JAX starts its backend
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_BY_ONE}"
+    moe.COMMON_LOAD = config.common_load
     cfg = config.model
     spec = large_spec(
         items=config.embedded_items,
@@ -305,31 +318,19 @@ def main(config: BenchmarkConfig) -> None:
         init = jax.jit(lambda key, batch: nn.unbox(model.init(key, batch)))
         variables = init(jax.random.key(0), jax.tree.map(lambda x: x[:1], batch))
         variables = jax.jit(functools.partial(compute_copy, model))(variables)
-        variables, worst = balance(model, variables, batch, config.width, config.balancing_steps)
+        variables, worst, blocks = balance(
+            model, variables, batch, config.width, config.balancing_steps
+        )
         result["parameters"] = sum(x.size for x in jax.tree.leaves(variables["params"]))
-        result["max_violation"] = worst
-        print(f"{config.preset}: {result['parameters'] / 1e9:.3f} B, MaxVio {worst:.2f}")
+        result |= {"max_violation": worst, "blocks_over": blocks}
+        size = f"{result['parameters'] / 1e9:.3f} B"
+        print(f"{config.preset}: {size}, MaxVio {worst:.2f}, {blocks} blocks over", flush=True)
         for users, masked in dict.fromkeys(sizes):
             chosen = trie if masked else None
             result["rows"].append(time_search(config, model, variables, users, chosen))
         result["peak_gib"] = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    earlier = []
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(config.out.read_text())
-    write_text(config.out, json.dumps([*earlier, result], indent=1) + "\n")
-
-
-def run_command(argv: list[str] | None = None) -> None:
-    """The command line; `argv` replaces the process's own flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    preset = cli.flag_value(argv, "--preset") or "v1-0.935b"
-    if preset not in PRESETS:
-        raise SystemExit(f"error: --preset {preset}: choose one of {', '.join(PRESETS)}")
-    default = BenchmarkConfig(preset=preset, model=PRESETS[preset])
-    prog = "python -m benchmarks.generate"
-    cli.run(main, BenchmarkConfig, prog=prog, default=default, argv=argv)
+    results.append(config.out, result)
 
 
 if __name__ == "__main__":
-    run_command()
+    results.run_with_preset(main, BenchmarkConfig, prog="python -m benchmarks.generate")

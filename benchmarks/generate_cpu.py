@@ -28,9 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.train_cpu import BenchmarkConfig as SizeConfig
-from benchmarks.train_cpu import Tiger, batches, product_rate, t5
+from benchmarks.train_cpu import Tiger, batches, model_config, product_rate, t5
 from onerec_jax import cli
-from onerec_jax.config import ModelConfig
 from onerec_jax.errors import require_at_least
 from onerec_jax.files import write_text
 from onerec_jax.generation.beam import beam_search
@@ -79,17 +78,8 @@ def catalogue(config: BenchmarkConfig) -> np.ndarray:
 def our_search(config: BenchmarkConfig, sids):
     """A function that searches one batch: IDs `[B, W, levels]`."""
     sizes = config.sizes
-    cfg = ModelConfig(
-        d_model=sizes.d_model,
-        encoder_layers=sizes.layers,
-        decoder_layers=sizes.layers,
-        num_heads=sizes.heads,
-        ff_dim=sizes.ff_dim,
-        compute_dtype="float32",
-        unroll=True,
-    )
     positions = sizes.items * sizes.levels
-    model = Tiger(cfg, sizes.levels, sizes.codebook_size, positions)
+    model = Tiger(model_config(sizes), sizes.levels, sizes.codebook_size, positions)
     length = jnp.full(sizes.batch_size, positions, jnp.int32)
     code, target = next(batches(sizes))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), code, length, target))

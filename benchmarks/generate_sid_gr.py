@@ -20,10 +20,8 @@ number of beams; one compiled program.
         --d-model 64 --head-dim 16
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import shlex
 import sys
@@ -38,9 +36,9 @@ import rich.console
 import rich.table
 from flax import struct
 
+from benchmarks import results
 from onerec_jax import cli
 from onerec_jax.errors import require_at_least
-from onerec_jax.files import write_text
 from onerec_jax.generation.beam import beam_search
 from onerec_jax.models.layers import (
     FeedForward,
@@ -362,11 +360,7 @@ def main(config: BenchmarkConfig) -> None:
         "settings": dataclasses.asdict(config),
         "rows": rows,
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    earlier = []
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(config.out.read_text())
-    write_text(config.out, json.dumps([*earlier, result], indent=1, default=str) + "\n")
+    results.append(config.out, result)
 
 
 if __name__ == "__main__":

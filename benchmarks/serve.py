@@ -36,6 +36,7 @@ from onerec_jax.files import write_text
 from onerec_jax.serving.config import ServiceConfig
 
 KINDS = ("user", "history", "filtered")
+STAGES = ("queue", "gather", "wait", "search", "lists")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +141,10 @@ def drive(server: Server, body: dict, clients: int, seconds: int) -> dict:
     lost = sum(int(count) for count in re.findall(r"\[(\d+)\]", errors))
     answered = statuses.get("200", 0)
 
-    def mean(name):
-        count = after[f"{name}_count"] - before[f"{name}_count"]
-        return (after[f"{name}_sum"] - before[f"{name}_sum"]) / max(count, 1)
+    def mean(name, labels=""):
+        names = (name + part + labels for part in ("_sum", "_count"))
+        total, count = (after[name] - before[name] for name in names)
+        return total / max(count, 1)
 
     return {
         "requests": sum(statuses.values()) + lost,
@@ -151,6 +153,9 @@ def drive(server: Server, body: dict, clients: int, seconds: int) -> dict:
         "p50_ms": 1e3 * (number(r"50%+ in ([\d.]+)") or float("nan")),
         "p99_ms": 1e3 * (number(r"99%+ in ([\d.]+)") or float("nan")),
         "users_a_batch": mean("onerec_batch_users"),
+        "stages_ms": {
+            stage: 1e3 * mean("onerec_stage_seconds", f'{{stage="{stage}"}}') for stage in STAGES
+        },
         "rss_mib_before": before["process_resident_memory_bytes"] / 2**20,
         "rss_mib_after": after["process_resident_memory_bytes"] / 2**20,
     }
@@ -170,13 +175,15 @@ def main(config: BenchmarkConfig) -> None:
     table = rich.table.Table(
         "", "requests/s", "p50 ms", "p99 ms", "users a batch", "failed", "MiB before", "after"
     )
+    stages = rich.table.Table("mean ms", *STAGES)
     for kind, row in rows.items():
         table.add_row(
             kind, f"{row['requests_s']:,.0f}", f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}",
             f"{row['users_a_batch']:.1f}", f"{row['failed']}", f"{row['rss_mib_before']:,.0f}",
             f"{row['rss_mib_after']:,.0f}",
         )  # fmt: skip
-    rich.console.Console().print(table)
+        stages.add_row(kind, *(f"{ms:.1f}" for ms in row["stages_ms"].values()))
+    rich.console.Console().print(table, stages)
     print(f"ready after {server.start_s:.1f} s; exit code {code} after SIGTERM")
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.serve", *sys.argv[1:]]),

@@ -8,7 +8,6 @@ without padding, recomputation or rows that experts drop, over the bf16 peak of 
     python -m benchmarks.train --preset v1-0.935b --users 256 --lengths realistic --profile trace
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -21,14 +20,13 @@ from typing import Literal
 import jax
 import numpy as np
 
+from benchmarks import results
 from benchmarks.random_data import large_spec, lengths_of, random_users
-from onerec_jax import cli
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import require_at_least
-from onerec_jax.files import write_text
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh, put_batch
-from onerec_jax.training.flops import encoder_tokens, train_flops
+from onerec_jax.training.flops import train_flops
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.profile import ONE_BY_ONE, by_part, kernels, peak_flops
 from onerec_jax.training.step import Trainer
@@ -116,16 +114,9 @@ def main(config: BenchmarkConfig) -> None:
     lengths = [
         lengths_of(config.lengths, cfg, config.users, np.random.default_rng(s)) for s in range(2)
     ]
-    useful = float(
-        np.mean([train_flops(cfg, spec, config.targets_per_user, k).sum() for k in lengths])
-    )
     dropped = float(metrics.get("dropped", 0))
-    copy = 3 * 2 * 3 * cfg.d_model * cfg.expert_dim  # of one token by one expert
-    for stack in ("encoder", "decoder"):
-        tokens = config.users * config.targets_per_user * spec.levels
-        if stack == "encoder":
-            tokens = np.mean([encoder_tokens(cfg, spec, k).sum() for k in lengths])
-        useful -= dropped * copy * cfg.experts_per_token * cfg.expert_layers(stack) * tokens
+    useful = [train_flops(cfg, spec, config.targets_per_user, k, dropped).sum() for k in lengths]
+    tflops = float(np.mean(useful)) / seconds / devices / 1e12
     device = jax.devices()[0]
     peak = peak_flops(device)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -140,8 +131,8 @@ def main(config: BenchmarkConfig) -> None:
         "step_s": seconds,
         "users_s": config.users / seconds,
         "targets_s": config.users * config.targets_per_user / seconds,
-        "useful_tflops": useful / seconds / devices / 1e12,
-        "mfu": useful / seconds / devices / peak if peak else None,
+        "useful_tflops": tflops,
+        "mfu": 1e12 * tflops / peak if peak else None,
         "peak_gib": allocated / 2**30,
         "temporary_gib": memory.temp_size_in_bytes / 2**30 if memory else None,
         "loss": float(metrics["loss"]),
@@ -165,23 +156,8 @@ def main(config: BenchmarkConfig) -> None:
         f"compiled in {compile_s:.0f} s",
         flush=True,
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    earlier = []
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads(config.out.read_text())
-    write_text(config.out, json.dumps([*earlier, result], indent=1) + "\n")
-
-
-def run_command(argv: list[str] | None = None) -> None:
-    """The command line; `argv` replaces the process's own flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    preset = cli.flag_value(argv, "--preset") or "v1-0.935b"
-    if preset not in PRESETS:
-        raise SystemExit(f"error: --preset {preset}: choose one of {', '.join(PRESETS)}")
-    default = BenchmarkConfig(preset=preset, model=PRESETS[preset])
-    prog = "python -m benchmarks.train"
-    cli.run(main, BenchmarkConfig, prog=prog, default=default, argv=argv)
+    results.append(config.out, result)
 
 
 if __name__ == "__main__":
-    run_command()
+    results.run_with_preset(main, BenchmarkConfig, prog="python -m benchmarks.train")

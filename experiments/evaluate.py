@@ -22,6 +22,7 @@ from onerec_jax.evaluation import ranking, report
 from onerec_jax.evaluation.baselines import evaluate_baseline, fit_markov, fit_popularity
 from onerec_jax.evaluation.sasrec import default_config, fit_sasrec
 from onerec_jax.files import read_json, write_text
+from onerec_jax.generation.selection import diversity
 from onerec_jax.models.onerec import resolve_dtype
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
@@ -94,7 +95,10 @@ def evaluate_model(run: Run, config: EvaluationConfig, seed: int) -> tuple[dict,
             part: ranking.summarize(ranking.ranking_metrics(values), seed, config.resamples)
             for part, values in parts.items()
         }
-        results[f"test{suffix}"]["coverage"] = ranking.coverage(found.lists, run.dataset.num_items)
+        results[f"test{suffix}"] |= {
+            "coverage": ranking.coverage(found.lists, run.dataset.num_items),
+            "prefixes": diversity(found.lists, run.ids.sids).mean(0).tolist(),
+        }
     results["test"] |= {
         "legality_unmasked": generator.legality(variables, run.builder, test),
         "loss": float(loss.sum()),

@@ -19,10 +19,9 @@ from typing import Literal
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 
 from experiments import evaluate, recommend
+from experiments.describe import describe_model
 from experiments.prepare import PrepareConfig, prepare
 from experiments.tokenize import say, with_alignment_preset
 from onerec_jax import cli, distributed
@@ -45,22 +44,15 @@ from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.ranking import ranking_metrics
 from onerec_jax.files import read_json
 from onerec_jax.inputs import FeatureConfig, PositiveRule
-from onerec_jax.models.onerec import OneRec
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.serving.recommender import Recommender
 from onerec_jax.sharding import MeshConfig, check_mesh, local_mesh, make_mesh
 from onerec_jax.tokenizer import report
 from onerec_jax.tokenizer.build import Files, TokenizerConfig, files_key, tokenize
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
-from onerec_jax.training.flops import (
-    VOCABULARIES,
-    count_parameters,
-    forward_flops,
-    nominal_inputs,
-    train_flops,
-)
-from onerec_jax.training.loop import Interrupted, LoopConfig, fit
-from onerec_jax.training.memory import check_fits, step_memory
+from onerec_jax.training.flops import train_flops
+from onerec_jax.training.loop import Interrupted, LoopConfig, Work, fit
+from onerec_jax.training.memory import check_fits, device_limit, step_memory
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
@@ -316,16 +308,9 @@ def train(config: PretrainConfig, run, mesh):
     examples = stream.examples
     one = run.builder(examples.user[:1], examples.position[:1])
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit:  # CPUs have none
-        memory = step_memory(
-            config.model,
-            run.spec,
-            one,
-            optimizer,
-            MeshConfig(**mesh.shape),
-            users=config.train.batch_size,
-        )
+    if limit := device_limit():
+        users, shape = config.train.batch_size, MeshConfig(**mesh.shape)
+        memory = step_memory(config.model, run.spec, optimizer, shape, users=users)
         check_fits(memory, limit)
     trainer = Trainer(
         run.model(train=True),
@@ -353,12 +338,17 @@ def train(config: PretrainConfig, run, mesh):
     )
 
 
-def work(run: Run, batch) -> tuple[float, float]:
-    """Targets and FLOPs of a training step on a batch, padding left out."""
-    lengths = {name: getattr(batch, name).length for name in ("short", "positive", "lifelong")}
+def work(run: Run, batch) -> Work:
+    """Of a training step on a batch, padding left out."""
+    names = "short", "positive", "lifelong"
+    # Copies: a view would keep the whole batch until the FLOPs are asked for.
+    lengths = {name: np.array(getattr(batch, name).length) for name in names}
     mean = float(batch.target_count.mean())
-    flops = train_flops(run.model_config, run.spec, mean, lengths)
-    return mean * len(batch.target_count), float(flops.sum())
+
+    def flops(dropped: float) -> float:
+        return float(train_flops(run.model_config, run.spec, mean, lengths, dropped).sum())
+
+    return Work(mean * len(batch.target_count), flops)
 
 
 def finished_report(run: Run, config: PretrainConfig) -> dict | None:
@@ -385,59 +375,21 @@ def show_recommendations(config: PretrainConfig, run: Run, users: int = 3, n: in
         print(f"what came next: {recommender.catalogue.title(life[position])}")
 
 
-def describe_model(config: PretrainConfig) -> None:
-    """Prints parameters and FLOPs by part, and memory a device; allocates nothing."""
-    spec, batch = nominal_inputs(config.model, config.tokenizer)
-    model = OneRec(config.model, spec)
-    params = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    targets = config.pipeline.targets_per_user
-    parameters, flops = count_parameters(params), forward_flops(config.model, spec, targets)
-    named = sum(size for part, size in parameters.items() if part not in VOCABULARIES)
-    table = rich.table.Table(
-        title=f"{config.preset}: {named:,} parameters and {sum(parameters.values()) - named:,} of "
-        f"vocabularies, {3 * sum(flops.values()) / 1e9:,.3f} GFLOP a user in training"
-    )
-    for name in ("part", "parameters", "forward MFLOP a user"):
-        table.add_column(name, justify="left" if name == "part" else "right")
-    for part in sorted(parameters | flops):
-        count, work = parameters.get(part), flops.get(part)
-        table.add_row(
-            part,
-            "" if count is None else f"{count:,}",
-            "" if work is None else f"{work / 1e6:,.2f}",
-        )
-    memory = step_memory(
-        config.model,
-        spec,
-        batch,
-        make_optimizer(config.optimizer, config.train.steps),
-        config.mesh,
-        users=config.train.batch_size,
-        targets=targets,
-        accumulate=config.train.accumulate,
-    )
-    sizes = rich.table.Table("GiB a device", "", title="memory of a training step")
-    for name in ("parameters", "optimizer", "gradients", "activations", "total"):
-        sizes.add_row(name, f"{getattr(memory, name) / 2**30:,.2f}")
-    console = rich.console.Console(soft_wrap=True)
-    console.print(table)
-    console.print(sizes)
-    mesh = dataclasses.asdict(config.mesh) | {"data": config.mesh.data or 1}
-    print(
-        f"{spec.levels} x {spec.codebook_size} codes, full histories with all seven interaction "
-        "features; embedding tables of a data set (items, authors, tags, users) apart. Memory for "
-        f"{config.train.batch_size} users a step over mesh "
-        f"{' x '.join(f'{k} {v}' for k, v in mesh.items())}; activations are an estimate."
-    )
-
-
 # ----------------------------------------------------------------------------------------- main
 
 
 def main(config: PretrainConfig) -> None:
     """Data, semantic IDs, training, test, recommendations."""
     if config.describe:
-        return describe_model(config)
+        return describe_model(
+            config.preset,
+            config.model,
+            config.tokenizer,
+            config.train,
+            config.optimizer,
+            config.mesh,
+            targets=config.pipeline.targets_per_user,
+        )
     if config.deterministic:
         # Read once, when the backend starts: nothing above may have touched a device.
         flags = os.environ.get("XLA_FLAGS", "")

@@ -46,11 +46,14 @@ class RecommendConfig:
     """Recommend items of the history too."""
     batch_size: int = 256
     """Users at once, of --users."""
+    filter_size: int = 1024
+    """Seen items that the search of --users leaves out; of longer histories the rest is dropped
+    from the list, which may come short."""
     devices: int = 1
     """That share the users of a batch; 0: all."""
 
     def __post_init__(self):
-        require_at_least(self, "", n=1, beam_width=1, batch_size=1, devices=0)
+        require_at_least(self, "", n=1, beam_width=1, batch_size=1, devices=0, filter_size=1)
         if sum(x is not None for x in (self.user, self.history, self.users)) != 1:
             raise InputError("give one of --user ID, --history ID,ID,… and --users FILE")
         if (self.users is None) != (self.out is None):
@@ -88,7 +91,8 @@ def main(config: RecommendConfig) -> None:
         "include_seen": config.include_seen,
     }
     if config.users is not None:
-        bulk = BulkConfig(**options, batch_size=config.batch_size)
+        sizes = {"batch_size": config.batch_size, "filter_size": config.filter_size}
+        bulk = BulkConfig(**options, **sizes)
         recommend_to_file(recommender, config.users, config.out, bulk)
         return
     history = config.user if config.history is None else split_ids(config.history)

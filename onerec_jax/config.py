@@ -34,6 +34,9 @@ class ModelConfig:
     num_heads: int = 4
     ff_dim: int = 256
     """Hidden width of a dense feed-forward layer."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Of the dense feed-forward layers (encoder, QFormer, decoder blocks without experts): the
+    report names none. Experts are SwiGLU and the pathways' maps LeakyReLU whatever this says."""
 
     num_experts: int = 0
     """Routed experts E of each decoder feed-forward layer; 0 makes it dense."""

@@ -83,7 +83,9 @@ def markdown(report: dict) -> str:
         "",
         f"Of the {test['beam_width']} beams that each user gets without the trie "
         f"{test['legality_unmasked']:.1%} are IDs that exist. The top "
-        f"tens of all users hold {test['coverage']:.1%} of the catalogue.",
+        f"tens of all users hold {test['coverage']:.1%} of the catalogue; the mean one has "
+        f"{test['prefixes'][0]:.1f} different first codes and "
+        f"{test['prefixes'][:2][-1]:.1f} different pairs of the first two.",
         "",
     ]
     if report.get("paired"):

@@ -79,7 +79,7 @@ class DecoderBlock(nn.Module):
         if self.with_experts:
             self.experts = make_experts(cfg, self.dtype, name="experts")
         else:
-            self.ff = FeedForward(cfg.ff_dim, self.dtype)
+            self.ff = FeedForward(cfg.ff_dim, self.dtype, cfg.activation)
 
     def feed_forward(self, x):
         x = self.norm_ff(x)

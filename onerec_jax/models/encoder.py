@@ -154,6 +154,7 @@ class LifelongQFormer(nn.Module):
             cfg.ff_dim,
             self.dtype,
             cfg.attention,
+            activation=cfg.activation,
         )
         nn.share_scope(self, self.qformer)  # no level of its own in the parameter tree
 
@@ -187,7 +188,7 @@ class EncoderBlock(nn.Module):
         z_btd = z_btd + drop(maps.o(y))
         x = rms_norm(dtype=self.dtype, name="norm_ff")(z_btd)
         if not self.experts:
-            return z_btd + drop(FeedForward(cfg.ff_dim, self.dtype, name="ff")(x))
+            return z_btd + drop(FeedForward(cfg.ff_dim, self.dtype, cfg.activation, name="ff")(x))
         valid = jnp.arange(x.shape[1]) < length_b[:, None]
         # Outside training a user's result must not depend on who else is in the batch.
         y = make_experts(cfg, self.dtype, name="experts")(x, valid, dropless=not self.train)

@@ -6,6 +6,7 @@ K head width, F hidden width. Parameters are float32 and carry logical axis name
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,50 @@ def partitioned(init, *axes):
     return nn.with_logical_partitioning(init, axes)
 
 
+def on_one_cpu() -> bool:
+    """Whether what is traced is for a single CPU, and wants products and layouts of its own."""
+    return jax.default_backend() == "cpu" and not sharded()
+
+
+def dot_general(x, w, dimension_numbers, **options):
+    """`jax.lax.dot_general` for `nn.DenseGeneral`: last axes of `x` by first axes of `w`."""
+    if on_one_cpu():
+        return cpu_product(x, w, len(dimension_numbers[0][0]))
+    return jax.lax.dot_general(x, w, dimension_numbers, **options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def cpu_product(x, w, axes):
+    """Product over the last `axes` axes of `x` and the first of `w`, with a gradient for CPUs.
+
+    XLA's CPU products are 2.4 times faster when the result has fewer rows than columns. Left to
+    itself XLA also transposes what the weights' gradient reads, and computes the activation's
+    gradient a second time on the way: of GELU, a third of a step.
+    """
+    inner = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+    return jax.lax.dot_general(x, w, (inner, ((), ())))
+
+
+def _cpu_product_forward(x, w, axes):
+    return cpu_product(x, w, axes), (x, w)
+
+
+def _cpu_product_backward(axes, kept, gradient):
+    x, w = kept
+    outer = tuple(range(x.ndim - axes, gradient.ndim)), tuple(range(axes, w.ndim))
+    dx = jax.lax.dot_general(gradient, w, (outer, ((), ())))
+    rows, columns = math.prod(w.shape[:axes]), math.prod(w.shape[axes:])
+    x, gradient = x.reshape(-1, rows), gradient.reshape(-1, columns)
+    if rows <= columns:
+        dw = x.T @ gradient
+    else:  # the barrier keeps XLA from turning the product around
+        dw = jax.lax.optimization_barrier(gradient.T @ x).T
+    return dx, dw.reshape(w.shape)
+
+
+cpu_product.defvjp(_cpu_product_forward, _cpu_product_backward)
+
+
 def dense(features, *, axes, dtype, name, use_bias=False, axis=-1):
     """Linear map with logical axis names, one for each kernel dimension."""
     return nn.DenseGeneral(
@@ -32,6 +77,7 @@ def dense(features, *, axes, dtype, name, use_bias=False, axis=-1):
         dtype=dtype,
         kernel_init=partitioned(nn.initializers.lecun_normal(), *axes),
         bias_init=partitioned(nn.initializers.zeros, *axes[-1:]),
+        dot_general=dot_general,
         name=name,
     )
 
@@ -110,6 +156,9 @@ leaky_relu.defvjp(_leaky_forward, _leaky_backward)
 # These keep their input for the backward pass, not the steps in between.
 gelu = jax.checkpoint(nn.gelu)
 swiglu = jax.checkpoint(lambda gate, up: nn.silu(gate) * up)
+
+ACTIVATIONS = {"gelu": gelu, "relu": nn.relu}
+"""Of dense feed-forward layers, by `ModelConfig.activation`."""
 
 
 def embedding(size, width, *, axes=("vocabulary", "embed")):
@@ -241,13 +290,15 @@ class Projections(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Dense feed-forward layer: two matrices and GELU. `[..., D] -> [..., D]`."""
+    """Dense feed-forward layer: two matrices around one of ACTIVATIONS. `[..., D] -> [..., D]`."""
 
     hidden: int
     dtype: Dtype
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x):
         d_model = x.shape[-1]
         h = dense(self.hidden, axes=("embed", "ff"), dtype=self.dtype, name="w_in")(x)
-        return dense(d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out")(gelu(h))
+        h = ACTIVATIONS[self.activation](h)
+        return dense(d_model, axes=("ff", "embed"), dtype=self.dtype, name="w_out")(h)

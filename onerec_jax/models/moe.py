@@ -70,8 +70,10 @@ def sort_copies(index_tk, valid_tk, num_experts):
     expert_n = jnp.where(valid_tk, index_tk, num_experts).reshape(-1).astype(jnp.int32)
     copy_n = jnp.arange(index_tk.size, dtype=jnp.int32)
     sorted_n, order_n = jax.lax.sort_key_val(expert_n, copy_n)
-    start_e = jnp.searchsorted(sorted_n, jnp.arange(num_experts + 1, dtype=jnp.int32))
-    return sorted_n, order_n, start_e.astype(jnp.int32)
+    # Counted, for a binary search is a loop of small kernels on a GPU.
+    expert_e = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    start_e = (expert_n < expert_e[:, None]).sum(1, dtype=jnp.int32)
+    return sorted_n, order_n, start_e
 
 
 def plan_dispatch(index_tk, valid_tk, num_experts, rows) -> Plan:
@@ -171,8 +173,8 @@ def run_experts(x_ecd, w_in_edgf, w_out_efd):
     return jnp.einsum("ecf,efd->ecd", swiglu(gate_ecf, up_ecf), w_out_efd.astype(x_ecd.dtype))
 
 
-FREE_ROWS = 256
-"""Rows of an expert that cost a GPU no more time than to read its weights for one of them."""
+FREE_ROWS = 128
+"""Rows of an expert that a GPU multiplies while it reads the weights (580 TFLOP/s, 3 to 5 TB/s)."""
 COMMON_LOAD = 1.25
 """Load of an expert, as a multiple of the mean, that takes no further steps."""
 BLOCK = 512
@@ -194,13 +196,11 @@ def dropless_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows):
     when all are done. A copy's result is the same in either up to rounding.
 
     Counted for 32 users x 512 beams, 2 of 24 experts, D 1024, F 2816, of which 0.57 TFLOP are
-    useful: together 41,088 rows and 0.71 TFLOP; 9 GFLOP a further block, and 58 of them (0.51
-    TFLOP) if all tokens choose the same two experts. As many rows as there are tokens for each
-    expert would be 6.8 TFLOP and 4.4 GB of hidden rows. Blocks of sorted rows alone, with a copy of
-    the weights for each (88 of 512 rows), would write and read 1.5 GB of weights whatever the load;
-    `lax.ragged_dot` runs every expert on every row on a GPU.
-
-    The gradient is that of as many rows as tokens: right, and as dear as it sounds.
+    useful: 0.71 together, 9 GFLOP a further block, 58 of them (0.51 TFLOP) if all tokens choose the
+    same two experts. Rows for all tokens in every expert would be 6.8 TFLOP and 4.4 GB; sorted
+    blocks alone, each with a copy of its weights, 1.5 GB written and read whatever the load;
+    `lax.ragged_dot` runs every expert on every row on a GPU. The gradient is that of rows for all
+    tokens: right, and as dear as it sounds.
 
     Args:
       x_td, gate_tk, w_in_edgf, w_out_efd: as `expert_ffn`.
@@ -223,12 +223,13 @@ def dropless_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows):
         first = start_e[expert] + rows + (i - end_e[expert] + blocks_e[expert]) * BLOCK
         place_c = first + jnp.arange(BLOCK, dtype=jnp.int32)
         copy_c = order_n[jnp.minimum(place_c, len(order_n) - 1)]
-        token_c = jnp.where(place_c < start_e[expert + 1], copy_c // top_k, tokens)
+        # Rows of none fall beyond the tokens, all in different places: no two meet.
+        token_c = jnp.where(place_c < start_e[expert + 1], copy_c // top_k, tokens + place_c)
         w_in, w_out = (jax.lax.dynamic_slice_in_dim(w, expert, 1) for w in (w_in_edgf, w_out_efd))
         x_cd = jnp.take(x_td, token_c, axis=0, mode="clip")
         y_cd = run_experts(x_cd[None], w_in, w_out)[0]
         gate_c = gate_tk.reshape(-1)[copy_c].astype(y_cd.dtype)
-        return y_td.at[token_c].add(y_cd * gate_c[:, None], mode="drop")
+        return y_td.at[token_c].add(y_cd * gate_c[:, None], mode="drop", unique_indices=True)
 
     return jax.lax.fori_loop(0, end_e[-1], block, y_td)
 

@@ -32,6 +32,8 @@ class QFormer(nn.Module):
     """Of `layers.attention`."""
     dropout: float = 0.0
     """After each sublayer, in training only."""
+    activation: str = "gelu"
+    """Of `layers.FeedForward`."""
 
     @nn.compact
     def __call__(self, v_btd, length_b, *, train=False):
@@ -58,5 +60,6 @@ class QFormer(nn.Module):
             )
             h = h + drop(maps.o(y))
             x = rms_norm(dtype=self.dtype, name=f"norm_ff_{i}")(h)
-            h = h + drop(FeedForward(self.ff_dim, self.dtype, name=f"ff_{i}")(x))
+            ff = FeedForward(self.ff_dim, self.dtype, self.activation, name=f"ff_{i}")
+            h = h + drop(ff(x))
         return h

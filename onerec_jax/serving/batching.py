@@ -1,6 +1,7 @@
-"""Dynamic batching: requests of many threads, answered together by one.
+"""Dynamic batching: requests of many threads, answered together.
 
-A batch leaves when it is full, or when its oldest request has waited as long as it may. Only
+A batch leaves when it is full, or when its oldest request has waited as long as it may and no other
+batch is in the making: behind one it would only wait again, and shut out who comes meanwhile. Only
 requests with the same key share a batch. The queue is bounded: what does not fit is refused at
 once, so that everyone who waits knows that it will not be for long.
 """
@@ -23,7 +24,7 @@ class QueueFull(Exception):
 
 
 class Batcher:
-    """A bounded queue and the thread that empties it."""
+    """A bounded queue and the threads that empty it."""
 
     def __init__(
         self,
@@ -33,24 +34,29 @@ class Batcher:
         max_users: int,
         wait_s: float,
         max_queue: int,
+        threads: int = 1,
     ):
-        """Starts the thread.
+        """Starts the threads.
 
         Args:
           answer: requests of one key, at most `max_users`, to as many results.
           key: what a batch's requests have in common.
           wait_s: longest time that a request waits for others to come.
           max_queue: requests that may wait.
+          threads: batches in the making at a time; `answer` is called by all of them.
         """
         self.max_users, self.wait_s, self.max_queue = max_users, wait_s, max_queue
         self._answer, self._key = answer, key
         self._waiting: dict[Hashable, collections.deque] = {}
         self._changed = threading.Condition()
         self._closed = False
-        self._length = 0
+        self._length = self._busy = 0
         self._batch_s = 0.0  # of the latest batch
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name="batcher", daemon=True) for _ in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __len__(self):
         """Requests that wait."""
@@ -77,42 +83,44 @@ class Batcher:
         """Takes no more requests and returns when those that wait are answered."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _take(self) -> list:
-        """The next batch; empty when closed and done."""
+    def _take(self) -> list | None:
+        """The next batch, less what was cancelled; None when closed and done."""
         with self._changed:
             while True:
                 if not self._waiting and self._closed:
-                    return []
+                    return None
                 full = [k for k, queue in self._waiting.items() if len(queue) >= self.max_users]
                 oldest = min(self._waiting, key=lambda k: self._waiting[k][0][0], default=None)
                 left = None
                 if oldest is not None:
                     left = self._waiting[oldest][0][0] + self.wait_s - time.monotonic()
-                if full or (left is not None and (left <= 0 or self._closed)):
+                due = left is not None and left <= 0 and not self._busy
+                if full or due or (self._waiting and self._closed):
                     # The oldest first, if both have a claim: a busy key must not starve another.
                     key = oldest if left <= 0 or not full else full[0]
                     break
-                self._changed.wait(left)
+                self._changed.wait(None if left is None or left <= 0 else left)
             queue = self._waiting[key]
             batch = [queue.popleft() for _ in range(min(len(queue), self.max_users))]
             if not queue:
                 del self._waiting[key]
             self._length -= len(batch)
+            self._busy += 1
         return [entry for entry in batch if entry[2].set_running_or_notify_cancel()]
 
     def _run(self) -> None:
-        while True:
-            batch = self._take()
-            if not batch:
-                if self._closed and not self._waiting:
-                    return
-                continue  # all of it was cancelled
+        while (batch := self._take()) is not None:
             start = time.monotonic()
-            self._resolve(batch)
-            self._batch_s = time.monotonic() - start
+            if batch:
+                self._resolve(batch)
+                self._batch_s = time.monotonic() - start
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
 
     def _resolve(self, batch: list) -> None:
         try:

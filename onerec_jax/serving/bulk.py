@@ -32,6 +32,8 @@ class BulkConfig:
     beam_width: int = 64
     include_seen: bool = False
     batch_size: int = 256
+    filter_size: int = 1024
+    """Items that the search leaves out; seen ones beyond are dropped from the list."""
 
 
 def read_users(path: pathlib.Path | str, recommender: Recommender) -> np.ndarray:
@@ -133,7 +135,7 @@ def _lists(recommender: Recommender, rows: np.ndarray, config: BulkConfig) -> pl
         for batch in np.split(rows, range(config.batch_size, len(rows), config.batch_size))
     )
     user, place, item, logp = [], [], [], []
-    for queries, beams in recommender.searched(parts, config.batch_size):
+    for queries, beams in recommender.searched(parts, config.batch_size, config.filter_size):
         for query, (found, scores) in zip(queries, recommender.lists(queries, beams), strict=True):
             user.append(np.full(len(found), query.user))
             place.append(np.arange(1, len(found) + 1))

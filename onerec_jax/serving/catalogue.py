@@ -59,6 +59,7 @@ class IdIndex:
 
     def rows(self, wanted) -> np.ndarray:
         """Rows of several ids, int32."""
+        wanted = list(wanted)
         if self._integers and all(type(value) is int and abs(value) < 2**63 for value in wanted):
             values = np.array(wanted, np.int64)
             rows = np.minimum(np.searchsorted(self._values, values), len(self._values) - 1)

@@ -15,7 +15,7 @@ except ImportError as error:
     raise InputError('the server needs more packages: pip install "onerec-jax[serve]"') from error
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-STAGES = ("queue", "gather", "search", "lists")
+STAGES = ("queue", "gather", "wait", "search", "lists")
 
 
 class Metrics:
@@ -33,7 +33,7 @@ class Metrics:
         self.stage = Histogram(
             "onerec_stage_seconds",
             "Of a recommendation: in the queue (each request), then of its batch gathering "
-            "histories and filters, searching beams, making lists",
+            "histories and filters, waiting for the device, searching beams, making lists",
             ["stage"], buckets=SECONDS, **here,
         )  # fmt: skip
         self.queue = Gauge("onerec_queue_length", "Requests that wait for a batch", **here)

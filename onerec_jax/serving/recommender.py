@@ -262,25 +262,16 @@ class Recommender:
         count, devices = len(queries), self.mesh.devices.size
         users = 1 << (count - 1).bit_length() if users is None else users
         users = -(-users // devices) * devices
-        stored = [place for place, query in enumerate(queries) if query.log is None]
-        given = [place for place, query in enumerate(queries) if query.log is not None]
-        parts = []
-        if stored:
-            row, position, time = (
-                np.array([value(queries[place]) for place in stored], np.int64)
-                for value in (
-                    lambda query: query.user,
-                    lambda query: len(query.history),
-                    lambda query: query.request_time_s,
-                )
-            )
-            parts.append(self.builder(row, position, time))
-        for query in (queries[place] for place in given):
+        # Users of the data set first, gathered at once, then the callers' own histories.
+        order = sorted(range(count), key=lambda place: queries[place].log is not None)
+        asked = [(q.user, len(q.history), q.request_time_s) for q in queries if q.log is None]
+        parts = [self.builder(*np.array(asked, np.int64).T)] if asked else []
+        for query in (query for query in queries if query.log is not None):
             lives = uncompressed(query.log) if self.run.spec.clustered else None
             builder = BatchBuilder(query.log, self.builder.items, self.builder.cfg, lives)
             position, time = len(query.history), query.request_time_s
             parts.append(builder(np.zeros(1, int), np.array([position]), np.array([time])))
-        place = np.argsort(stored + given)
+        place = np.argsort(order)
         place = np.concatenate([place, np.full(users - count, place[0])])
         batch = jax.tree.map(lambda *x: np.concatenate(x)[place], *parts)
         wanted = [(query.exclude[:filter_size], query.allowed) for query in queries]
@@ -326,14 +317,19 @@ class Recommender:
             found.append((rows[kept], np.repeat(logp, count)[kept]))
         return found
 
-    def searched(self, parts: Iterable[Sequence[Query]], users: int | None = None):
-        """Yields every part of queries with its beams, one width a part.
+    def searched(
+        self,
+        parts: Iterable[Sequence[Query]],
+        users: int | None = None,
+        filter_size: int | None = None,
+    ):
+        """Yields every part of queries with its beams, one width a part; see `gather`.
 
         The next part is gathered while the device searches for the one before.
         """
         before = None
         for part in parts:
-            found = self.search(*self.gather(part, users), part[0].beam_width)
+            found = self.search(*self.gather(part, users, filter_size), part[0].beam_width)
             if before is not None:
                 yield before[0], fetch(before[1])
             before = part, found

@@ -38,12 +38,14 @@ class Service:
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._seen, self._retry_at, self._complaint = None, 0.0, ""
+        self._device = threading.Lock()
         self.batcher = Batcher(
             self._answer,
             lambda query: (query[0].recommender, query[0].beam_width),
             max_users=config.users[-1],
             wait_s=config.wait_ms / 1e3,
             max_queue=config.max_queue,
+            threads=2,  # while one searches, the other gathers the next batch
         )
         self.metrics.queue.set_function(lambda: len(self.batcher))
 
@@ -64,7 +66,7 @@ class Service:
         self._stop.set()
         self.batcher.close()
         if self._watcher.is_alive():
-            self._watcher.join()
+            self._watcher.join(10)  # it may be compiling, which nothing interrupts
 
     # ------------------------------------------------------------------------------- requests
 
@@ -96,7 +98,9 @@ class Service:
         size = next(users for users in self.config.users if users >= len(queries))
         batch = recommender.gather(queries, size, self.config.filter_size)
         clock.append(time.perf_counter())
-        beams = fetch(recommender.search(*batch, queries[0].beam_width))
+        with self._device:
+            clock.append(time.perf_counter())
+            beams = fetch(recommender.search(*batch, queries[0].beam_width))
         clock.append(time.perf_counter())
         lists = [
             [
@@ -177,6 +181,13 @@ class Service:
             self.reload()
             sample, self._sample = self._sample, None
             if sample is not None:
-                legal, total = sample.recommender.legality(sample, self.config.widths[0])
-                self.metrics.ids.labels("true").inc(legal)
-                self.metrics.ids.labels("false").inc(total - legal)
+                self._measure_legality(sample)
+
+    def _measure_legality(self, query: Query) -> None:
+        try:
+            legal, total = query.recommender.legality(query, self.config.widths[0])
+        except Exception as error:  # a measurement must not end the watch
+            self._say(f"legality was not measured: {error}")
+            return
+        self.metrics.ids.labels("true").inc(legal)
+        self.metrics.ids.labels("false").inc(total - legal)

@@ -13,9 +13,18 @@ from onerec_jax.inputs import Batch, FeatureSpec, Pathway
 from onerec_jax.tokenizer.semantic_ids import MAX_CODEBOOK
 
 
-def full_lengths(cfg: ModelConfig) -> dict[str, int]:
-    """Lengths of a user's histories when every slot holds an action."""
-    return {name: cfg.slots(name) for name in ("short", "positive", "lifelong")}
+def _lengths(cfg: ModelConfig, lengths: dict | None) -> dict[str, np.ndarray]:
+    """Of the three histories, as arrays; None: every slot holds an action."""
+    names = ("short", "positive", "lifelong")
+    lengths = {name: cfg.slots(name) for name in names} if lengths is None else lengths
+    return {name: np.asarray(length, np.int64) for name, length in lengths.items()}
+
+
+def encoder_tokens(cfg: ModelConfig, spec: FeatureSpec, lengths: dict):
+    """Valid tokens of the encoder of a user with histories of these lengths, arrays or numbers."""
+    queries = cfg.lifelong_queries * (lengths["lifelong"] > 0)
+    static = bool(spec.static) and "static" in cfg.pathways
+    return lengths["short"] + lengths["positive"] + queries + static
 
 
 def feature_width(cfg: ModelConfig, spec: FeatureSpec) -> int:
@@ -31,15 +40,6 @@ def feature_width(cfg: ModelConfig, spec: FeatureSpec) -> int:
     return width + cfg.author_dim * bool("author" in cfg.features and spec.num_authors)
 
 
-def encoder_tokens(cfg: ModelConfig, spec: FeatureSpec, lengths: dict):
-    """Valid tokens of the encoder, of one user or int `[U]`; `lengths` as `forward_flops`."""
-    short, positive, lifelong = (
-        np.asarray(lengths[name], np.int64) for name in ("short", "positive", "lifelong")
-    )
-    static = bool(spec.static) and "static" in cfg.pathways
-    return short + positive + cfg.lifelong_queries * (lifelong > 0) + static
-
-
 def forward_flops(
     cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths: dict | None = None
 ) -> dict[str, int | np.ndarray]:
@@ -49,8 +49,7 @@ def forward_flops(
       lengths: of the three histories, numbers or int `[U]` for U users; None: full ones.
     """
     d, f, width = cfg.d_model, cfg.ff_dim, feature_width(cfg, spec)
-    lengths = full_lengths(cfg) if lengths is None else lengths
-    lengths = {name: np.asarray(length, np.int64) for name, length in lengths.items()}
+    lengths = _lengths(cfg, lengths)
     lifelong, recent = lengths["lifelong"], lengths["short"] + lengths["positive"]
     queries = cfg.lifelong_queries * (lifelong > 0)
     static = bool(spec.static) and "static" in cfg.pathways
@@ -107,7 +106,7 @@ def generation_flops(
     The first level is one row, a later one as many as there are beams before it.
     """
     parts, rows = forward_flops(cfg, spec, 0, lengths), 1
-    tokens = encoder_tokens(cfg, spec, full_lengths(cfg) if lengths is None else lengths)
+    tokens = encoder_tokens(cfg, spec, _lengths(cfg, lengths))
     for level in range(spec.levels):
         parts["decoder"] = parts["decoder"] + 2 * rows * _decoder_macs(cfg, tokens, level + 1)
         parts["heads"] = parts["heads"] + 2 * rows * cfg.d_model * spec.codebook_size
@@ -115,9 +114,26 @@ def generation_flops(
     return {name: flops if np.ndim(flops) else int(flops) for name, flops in parts.items()}
 
 
-def train_flops(cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths=None):
-    """FLOPs of one user's training step; arguments as `forward_flops`."""
-    return 3 * sum(forward_flops(cfg, spec, targets, lengths).values())
+def train_flops(
+    cfg: ModelConfig,
+    spec: FeatureSpec,
+    targets: float = 1,
+    lengths: dict | None = None,
+    dropped: float = 0,
+):
+    """Useful FLOPs of one user's training step; other arguments as `forward_flops`.
+
+    Args:
+      targets: a mean over users will do.
+      dropped: share of the rows sent to experts, over all layers, that found no room there
+        (`dropped` of `training.step.train_step`): nothing was computed for them.
+    """
+    tokens = encoder_tokens(cfg, spec, _lengths(cfg, lengths))
+    layers = cfg.expert_layers("encoder"), cfg.expert_layers("decoder")
+    rows = cfg.experts_per_token * (layers[0] * tokens + layers[1] * targets * spec.levels)
+    lost = 2 * 3 * cfg.d_model * cfg.expert_dim * rows * dropped
+    flops = 3 * (sum(forward_flops(cfg, spec, targets, lengths).values()) - lost)
+    return flops if np.ndim(flops) else flops.item()
 
 
 VOCABULARIES = ("embeddings", "heads")
@@ -142,15 +158,14 @@ def count_parameters(params) -> dict[str, int]:
     return parts
 
 
-def nominal_inputs(cfg: ModelConfig, tokenizer) -> tuple[FeatureSpec, Batch]:
-    """A specification with every interaction feature, and an abstract batch of one user.
+def nominal_spec(tokenizer) -> FeatureSpec:
+    """A specification with every interaction feature, for a model before there is data.
 
-    For describing a model before there is data: vocabularies that depend on a data set have size 1.
+    Vocabularies that depend on a data set have size 1.
     """
-    levels = tokenizer.levels
-    spec = FeatureSpec(
+    return FeatureSpec(
         num_items=1,
-        levels=levels,
+        levels=tokenizer.levels,
         codebook_size=tokenizer.codebook_size or MAX_CODEBOOK,
         tags=("tag",),
         tags_per_item=1,
@@ -162,22 +177,33 @@ def nominal_inputs(cfg: ModelConfig, tokenizer) -> tuple[FeatureSpec, Batch]:
         clustered=True,
     )
 
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    def pathway(length):
-        one = ints(1, length)
+def abstract_batch(cfg: ModelConfig, spec: FeatureSpec) -> Batch:
+    """Shapes and types of a batch of one user and one target: enough for `jax.eval_shape`."""
+
+    def array(has, *shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((1, *shape), dtype) if has else None
+
+    def pathway(name):
+        slots = cfg.slots(name)
         return Pathway(
-            ints(1), ints(1, length, levels), one, ints(1, length, 1), one, one, one, one,
-            jax.ShapeDtypeStruct((1, length, 1), jnp.uint8),
-        )  # fmt: skip
+            length=array(True),
+            sid=array(True, slots, spec.levels),
+            item=array(True, slots),
+            tags=array(spec.tags, slots, spec.tags_per_item),
+            author=array(spec.num_authors, slots),
+            age=array(spec.has_time, slots),
+            playtime=array(spec.has_playtime, slots),
+            duration=array(spec.has_duration, slots),
+            label=array(spec.labels, slots, len(spec.labels), dtype=jnp.uint8),
+            count=array(spec.clustered and name == "lifelong", slots),
+        )
 
-    batch = Batch(
-        static=ints(1, 0),
-        short=pathway(cfg.short_length),
-        positive=pathway(cfg.positive_length),
-        lifelong=pathway(cfg.lifelong_length).replace(count=ints(1, cfg.lifelong_length)),
-        target=ints(1, 1, levels),
-        target_count=ints(1),
+    return Batch(
+        static=array(True, len(spec.static)),
+        short=pathway("short"),
+        positive=pathway("positive"),
+        lifelong=pathway("lifelong"),
+        target=array(True, 1, spec.levels),
+        target_count=array(True),
     )
-    return spec, batch

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -62,6 +62,14 @@ class Progress:
         return False
 
 
+class Work(NamedTuple):
+    """What a training step has to do."""
+
+    targets: float
+    flops: Callable[[float], float]
+    """Useful FLOPs, given the share of their rows that experts drop: known after the step."""
+
+
 class Interrupted(Exception):
     """Training was asked to stop (Ctrl-C, SIGTERM); its state is saved."""
 
@@ -103,7 +111,7 @@ def fit(
     *,
     seed: int,
     validate: Callable[[dict[str, Any]], dict[str, float]],
-    work: Callable[[Batch], tuple[float, float]] | None = None,
+    work: Callable[[Batch], Work] | None = None,
     guard: Callable[[dict], str | None] | None = None,
     profile: pathlib.Path | None = None,
     say: Callable[[str], None] = print,
@@ -117,7 +125,7 @@ def fit(
     Args:
       stream: step -> batches from that step on, as `data.pipeline.TrainStream`.
       validate: variables -> metrics, among them `score` (higher is better).
-      work: targets and useful FLOPs of a training step on a batch of this process.
+      work: what a training step on a batch of this process has to do.
       guard: mean metrics since the last row -> why training must stop, or None.
       profile: folder for a trace of PROFILED steps, once everything is compiled.
       say: prints one line of progress.
@@ -159,7 +167,7 @@ def fit(
         pending.clear()
         if bad := first_non_finite(rows):
             raise not_finite(bad[1], step - len(rows) + 1 + bad[0])
-        row, speed = mean_rows(rows), clock.rates()
+        row, speed = mean_rows(rows), clock.rates(rows)
         # Speed apart: all else in a row is the same whenever the step is repeated.
         metrics_log.write({"step": step, **row, "speed": speed})
         say(_progress_line(step, cfg, row | speed, clock))
@@ -180,13 +188,12 @@ def fit(
         batches = ending.enter_context(contextlib.closing(stream(step)))
         while not finished():
             batch = next(batches)
-            targets, flops = work(batch) if work else (0.0, 0.0)
             tracer.before(step, metrics)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = trainer.step(state, put_batch(batch, trainer.mesh))
             pending.append(metrics)
             step += 1
-            clock.tick(cfg.batch_size, targets, flops, metrics)
+            clock.tick(cfg.batch_size, work(batch) if work else None, metrics)
             validating = step % cfg.validate_every == 0 or step == cfg.steps
             if validating or step % cfg.log_every == 0:
                 flush()
@@ -215,19 +222,19 @@ class _Clock:
 
     def __init__(self):
         self.users, self.seconds = 0, 0.0  # of the session
-        self._since = [0, 0, 0.0, 0.0]  # users, targets, FLOPs, seconds since the last look
+        self._since = [0, 0.0]  # users, seconds since the last look
+        self._work: list[Work] = []  # likewise, of this process
         self._last = None
         self._peak = peak_flops(jax.devices()[0])
 
-    def tick(self, users, targets, flops, metrics):
+    def tick(self, users, work, metrics):
         if self._last is None:  # the first step compiles
             jax.block_until_ready(metrics)
         else:
             seconds = time.perf_counter() - self._last
             self.users, self.seconds = self.users + users, self.seconds + seconds
-            processes = jax.process_count()
-            new = (users, targets * processes, flops * processes, seconds)
-            self._since = [old + more for old, more in zip(self._since, new, strict=True)]
+            self._since = [self._since[0] + users, self._since[1] + seconds]
+            self._work += [work] if work else []
         self._last = time.perf_counter()
 
     @contextlib.contextmanager
@@ -240,16 +247,25 @@ class _Clock:
         """Users a second of the session."""
         return self.users / self.seconds if self.seconds else float("nan")
 
-    def rates(self) -> dict[str, float]:
-        """`users_s`, `targets_s`, `tflops` and `mfu` of a device, `peak_gib`: what is known."""
-        users, targets, flops, seconds = self._since
-        self._since = [0, 0, 0.0, 0.0]
+    def rates(self, rows: list[dict]) -> dict[str, float]:
+        """`users_s`, `targets_s`, `tflops` and `mfu` of a device, `peak_gib`: what is known.
+
+        Args:
+          rows: metrics of the steps since the last look.
+        """
+        (users, seconds), work = self._since, self._work
+        self._since, self._work = [0, 0.0], []
         found = {}
         if seconds:
             found = {"users_s": users / seconds}
-            if flops:
-                found["targets_s"] = targets / seconds
-                a_device = flops / seconds / jax.device_count()
+            if work:
+                timed = rows[-len(work) :]  # not the first of a session
+                flops = sum(
+                    w.flops(float(r.get("dropped", 0))) for w, r in zip(work, timed, strict=True)
+                )
+                targets, processes = sum(w.targets for w in work), jax.process_count()
+                found["targets_s"] = targets * processes / seconds
+                a_device = flops * processes / seconds / jax.device_count()
                 found["tflops"] = a_device / 1e12
                 if self._peak:
                     found["mfu"] = a_device / self._peak

@@ -14,10 +14,10 @@ from jax.sharding import AbstractMesh
 
 from onerec_jax.config import ModelConfig
 from onerec_jax.errors import InputError
-from onerec_jax.inputs import Batch, FeatureSpec
+from onerec_jax.inputs import FeatureSpec
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import AXES, USER_AXES, MeshConfig, shardings_of, split_over_data
-from onerec_jax.training.flops import feature_width
+from onerec_jax.training.flops import abstract_batch, feature_width
 from onerec_jax.training.step import init_state
 
 
@@ -45,7 +45,6 @@ class Memory:
 def step_memory(
     cfg: ModelConfig,
     spec: FeatureSpec,
-    batch: Batch,
     tx,
     mesh: MeshConfig,
     *,
@@ -56,7 +55,6 @@ def step_memory(
     """Memory of one device of a mesh, which need not exist here.
 
     Args:
-      batch: abstract or not, of any number of users.
       tx: optimizer.
       users: of a step, over all devices.
       accumulate: parts of a step.
@@ -65,7 +63,7 @@ def step_memory(
     shape = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
     model = OneRec(cfg, spec, train=True)
     init = functools.partial(init_state, model=model, tx=tx)
-    boxed = jax.eval_shape(init, jax.random.key(0), batch)
+    boxed = jax.eval_shape(init, jax.random.key(0), abstract_batch(cfg, spec))
     state, shardings = nn.unbox(boxed), shardings_of(boxed, shape)
     optimizer = split_over_data(shardings.opt_state, state.opt_state, shape)
 
@@ -112,6 +110,11 @@ def user_activations(cfg: ModelConfig, spec: FeatureSpec, *, targets: int = 1) -
     itemsize = 4 if cfg.compute_dtype == "float32" else 2  # "auto": as on an accelerator
     logits = 2 * codes * spec.codebook_size * 4 / itemsize
     return int(itemsize * (pathways + qformer + encoder + decoder + logits))
+
+
+def device_limit() -> int | None:
+    """Bytes that the first device here has for us; None on CPUs, which do not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def check_fits(memory: Memory, limit: int) -> None:

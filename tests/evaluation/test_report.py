@@ -39,6 +39,7 @@ def report():
             "legality_unmasked": 0.876,
             "beam_width": 64,
             "coverage": 0.432,
+            "prefixes": [3.1, 8.7, 9.9],
         },
         "baselines": {
             "popularity": result(0.11),
@@ -64,6 +65,7 @@ def test_markdown_says_it_all(report):
         "98,765 parameters",
         "87.6%",
         "43.2%",
+        "3.1 different first codes and 8.7 different pairs",
         "+0.1000",
         "[+0.0500, +0.1500]",
         "7 epochs",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import signal
 
 import helpers
@@ -42,6 +43,7 @@ def test_report_holds_what_is_promised(trained, world):
         assert result["ndcg@10"] <= result["recall@10"]
     for name in ("legality_unmasked", "coverage"):
         assert 0 < report["test"][name] <= 1
+    assert sorted(report["test"]["prefixes"]) == report["test"]["prefixes"]  # longer: more
     assert {"prepare", "tokenize", "train", "test"} <= set(report["seconds"])
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     assert {"jax", "flax", "optax", "grain"} <= set(report["versions"])
@@ -295,6 +297,21 @@ def test_flags_that_fit_nothing(in_world, tmp_path, refused):
         assert any(name in message for name in (*names.split(), value)), (names, message)
         assert not out.exists(), names
     assert tree(in_world) == before
+
+
+def test_a_preset_that_does_not_fit(in_world, tmp_path, refused, monkeypatch):
+    """On a device that says it has one GiB: nothing is allocated; split over eight, it fits."""
+    monkeypatch.setattr(pretrain, "device_limit", lambda: 2**30)
+    monkeypatch.setattr(pretrain, "fit", lambda *_, **__: pytest.fail("training began"))
+    flags = ["--data", in_world / "data", "--run", tmp_path / "run", "--preset", "v1-0.121b"]
+    flags += ["--train.batch-size", 64]
+    message = refused(pretrain.run_command, *flags, "--mesh.data", 1)
+    need, missing = (float(x) for x in re.findall(r"([\d.]+) GiB", message))
+    assert need == pytest.approx(16 * 0.121e9 / 2**30, rel=0.1)  # four copies in float32
+    assert missing == pytest.approx(need - 1, abs=0.11)
+    assert "--mesh.fsdp" in message
+    with pytest.raises(pytest.fail.Exception, match="training began"):
+        pretrain.run_command([*map(str, flags), "--mesh.fsdp", "8"])
 
 
 def test_unknown_flags_end_with_code_2(capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from onerec_jax.errors import InputError
 from onerec_jax.generation.beam import beam_search
-from onerec_jax.generation.filters import SMALLEST, FilterBuilder, items_of
+from onerec_jax.generation.filters import SMALLEST, FilterBuilder, ItemsOf
 from onerec_jax.generation.trie import build_trie
 
 CODES, ITEMS = 40, 700
@@ -99,9 +99,10 @@ def test_filters_come_in_few_shapes_and_one_that_masks_nothing_changes_nothing()
 
 
 def test_items_of_blocked_authors():
-    author = np.array([4, 0, 4, 2, 0, 1])
-    np.testing.assert_array_equal(items_of(author, [4, 1]), [0, 2, 5])
-    assert not len(items_of(author, []))
+    items_of = ItemsOf(np.array([4, 0, 4, 2, 0, 1]))
+    assert items_of([4, 1]).tolist() == [0, 2, 5]
+    assert items_of([3]).tolist() == []  # an author of nothing
+    assert items_of([]).tolist() == []
 
 
 def test_a_filter_without_a_trie_is_refused():

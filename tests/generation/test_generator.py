@@ -213,7 +213,7 @@ def test_another_catalogue_takes_the_place_of_the_first():
 
 def test_a_compute_copy_changes_no_bit():
     cfg = helpers.tiny_config(
-        compute_dtype="bfloat16", encoder_experts=True, num_experts=2, decoder_layers=1
+        compute_dtype="bfloat16", num_experts=2, decoder_layers=1, pathways=("static", "short")
     )
     spec = helpers.full_spec()
     model, batch = OneRec(cfg, spec), helpers.random_batch(cfg, spec, 2)

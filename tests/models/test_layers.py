@@ -1,6 +1,9 @@
 """Attention by lengths, norm and feed-forward against slow twins."""
 
+import dataclasses
+
 import chex
+import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,8 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from onerec_jax.models.layers import FeedForward, Projections, attention, rms_norm
+from onerec_jax.models.layers import FeedForward, Projections, attention, cpu_product, rms_norm
+from onerec_jax.models.onerec import OneRec
 
 B, S, T, H, K = 4, 3, 5, 2, 4
 LENGTHS = np.array([5, 0, 1, 3], np.int32)
@@ -95,16 +99,33 @@ def test_weights_stay_float32_whatever_the_compute_type(dtype):
     chex.assert_type(jax.tree.leaves(variables), jnp.float32)
 
 
-def test_feed_forward_is_two_matrices_and_gelu():
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_feed_forward_is_two_matrices_and_an_activation(activation):
     x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
-    y, variables = helpers.quick_jit(FeedForward(6, jnp.float32).init_with_output)(
+    y, variables = helpers.quick_jit(FeedForward(6, jnp.float32, activation).init_with_output)(
         jax.random.key(0), x
     )
     w_in = variables["params"]["w_in"]["kernel"].value
     w_out = variables["params"]["w_out"]["kernel"].value
     h = np.asarray(x @ w_in, np.float64)
     gelu = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-    chex.assert_trees_all_close(np.asarray(y, np.float64), gelu @ np.asarray(w_out), atol=1e-5)
+    hidden = gelu if activation == "gelu" else np.maximum(h, 0)
+    chex.assert_trees_all_close(np.asarray(y, np.float64), hidden @ np.asarray(w_out), atol=1e-5)
+
+
+def test_activation_reaches_every_dense_feed_forward():
+    """Encoder, QFormer and decoder; the parameters are the same ones."""
+    spec = helpers.bare_spec()
+    cfg = helpers.tiny_config(num_experts=0)
+    batch = helpers.random_batch(cfg, spec, 1)
+    text, shapes = {}, {}
+    for name in ("gelu", "relu"):
+        model = OneRec(dataclasses.replace(cfg, activation=name), spec)
+        shapes[name] = jax.eval_shape(model.init, jax.random.key(0), batch)
+        variables = nn.unbox(shapes[name])
+        text[name] = str(jax.make_jaxpr(model.apply)(variables, batch))
+    chex.assert_trees_all_equal(shapes["gelu"], shapes["relu"])
+    assert ("tanh" in text["gelu"], "tanh" in text["relu"]) == (True, False)
 
 
 def test_projections_split_and_join_heads():
@@ -124,3 +145,25 @@ def test_projections_split_and_join_heads():
     chex.assert_trees_all_close(np.asarray(q), expected, atol=1e-5)
     expected = np.einsum("bthk,hkd->btd", expected, kernels["o"])
     chex.assert_trees_all_close(np.asarray(y), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "axes"),
+    [
+        ((2, 3, 8), (8, 4), 1),
+        ((2, 3, 4), (4, 8), 1),
+        ((5, 8), (8, 2, 2), 1),
+        ((2, 3, 2, 4), (2, 4, 5), 2),
+    ],
+    ids=["narrower", "wider", "heads", "joined"],
+)
+def test_the_product_for_cpus_and_its_gradients(x, w, axes):
+    """As `jnp.tensordot` and its own gradients, to the types and the last digit but one."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (x, w))
+    y, back = jax.vjp(lambda x, w: cpu_product(x, w, axes), x, w)
+    expected, expected_back = jax.vjp(lambda x, w: jnp.tensordot(x, w, axes), x, w)
+    gradient = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+    actual = y, *back(gradient)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, (expected, x, w))
+    chex.assert_trees_all_close(actual, (expected, *expected_back(gradient)), rtol=1e-5, atol=1e-6)

@@ -250,7 +250,7 @@ def test_capacity_by_hand():
 
 def test_dropless_rows_by_hand():
     assert moe.dropless_rows(24, 8, 2) == 24  # few tokens: as many rows as tokens
-    assert moe.dropless_rows(512, 24, 2) == 256  # what the weights' bytes pay for
+    assert moe.dropless_rows(512, 24, 2) == 128  # what the weights' bytes pay for
     assert moe.dropless_rows(16_384, 24, 2) == 1712  # 1.25 times the mean, rounded up
 
 

@@ -17,7 +17,6 @@ from onerec_jax.data.schema import Dataset, load_dataset, save_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.inputs import PositiveRule
 from onerec_jax.run import Run
-from onerec_jax.serving.catalogue import publish
 from onerec_jax.serving.config import HttpConfig, ServiceConfig
 from onerec_jax.serving.server import Server
 from onerec_jax.serving.service import Service
@@ -41,14 +40,6 @@ def titled(dataset: Dataset) -> Dataset:
     return dataclasses.replace(dataset, items=items)
 
 
-def make_ids(dataset: Dataset, folder, codebooks=None) -> SemanticIds:
-    ids = helpers.random_ids(dataset.num_items)
-    manifest = ids.manifest | {"dataset_fingerprint": dataset.fingerprint}
-    books = ids.codebooks if codebooks is None else codebooks
-    dataclasses.replace(ids, manifest=manifest, codebooks=books).save(folder)
-    return SemanticIds.load(folder)
-
-
 def save_checkpoint(run: Run, step: int, seed: int, change=jax.numpy.asarray) -> None:
     """Random weights as the best of a training that has come to `step`."""
     one = np.zeros(1, np.int32)
@@ -66,7 +57,10 @@ def save_checkpoint(run: Run, step: int, seed: int, change=jax.numpy.asarray) ->
 def make_run(folder: pathlib.Path) -> pathlib.Path:
     save_dataset(titled(helpers.full_dataset(users=USERS, items=ITEMS)), folder / "data")
     dataset = load_dataset(folder / "data")
-    ids = make_ids(dataset, folder / "ids")
+    ids = helpers.random_ids(dataset.num_items)
+    ids.manifest["dataset_fingerprint"] = dataset.fingerprint
+    ids.save(folder / "ids")
+    ids = SemanticIds.load(folder / "ids")
     spec = build_feature_spec(dataset, make_split(dataset), ids, PositiveRule())
     run = Run.create(
         folder / "run",
@@ -82,29 +76,28 @@ def make_run(folder: pathlib.Path) -> pathlib.Path:
     return folder / "run"
 
 
-def grow(folder, run, *, codebooks=None):
-    """The data set with three items and an author more, and semantic IDs for it."""
+def grow(folder, run, *, codebooks=None, new_ids=True):
+    """The data set with three items and an author more, and semantic IDs for it.
+
+    Without `new_ids` the new items share those of others: the trie stays, nothing is compiled.
+    """
     items = run.dataset.table("items")
     new = items.tail(3).with_columns(pl.col("item_id") + 100, author_id=pl.lit("Aaron"))
     grown = dataclasses.replace(run.dataset, items=pl.concat([items, new]))
     save_dataset(grown, folder / "data")
     dataset = load_dataset(folder / "data")
-    sids = np.concatenate([run.ids.sids, (run.ids.sids[:3] + 1) % 5])
+    sids = np.concatenate([run.ids.sids, (run.ids.sids[:3] + new_ids) % 5])
     manifest = run.ids.manifest | {"dataset_fingerprint": dataset.fingerprint}
     books = run.ids.codebooks if codebooks is None else codebooks
     SemanticIds(sids, books, manifest).save(folder / "ids")
     return folder / "data", folder / "ids"
 
 
-def publish_grown(run_folder, folder) -> None:
-    publish(run_folder, *grow(folder, Run.open(run_folder)))
-
-
 SERVICE = ServiceConfig(widths=(4, 12), users=(4,), max_n=10, max_history=50, wait_ms=2)
 
 
 @contextlib.contextmanager
-def running(folder, service=SERVICE, http=HttpConfig(port=0), **options):  # noqa: B008
+def running(folder, service=SERVICE, http=HttpConfig(port=0)):  # noqa: B008
     """A server in a thread of this process, ready; stopped as by SIGTERM."""
     said = []
     server = Server(Service(folder, service, say=said.append), http)

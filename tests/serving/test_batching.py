@@ -33,18 +33,19 @@ def answers():
     return Answers()
 
 
-def test_many_threads_get_their_own_answers(answers):
-    queue = batcher(answers, max_queue=1000)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_threads_get_their_own_answers(answers, threads):
+    queue = batcher(answers, max_queue=1000, threads=threads)
     found = {}
 
     def ask(start):
         for number in range(start, start + 50):
             found[number] = queue.submit(2 * number).result(30)
 
-    threads = [threading.Thread(target=ask, args=(50 * i,)) for i in range(8)]
-    for thread in threads:
+    askers = [threading.Thread(target=ask, args=(50 * i,)) for i in range(8)]
+    for thread in askers:
         thread.start()
-    for thread in threads:
+    for thread in askers:
         thread.join()
     queue.close()
     assert found == {number: 4 * number for number in range(400)}
@@ -120,9 +121,29 @@ def test_who_gives_up_is_not_computed(answers):
 
 
 def test_closing_answers_what_waits_and_takes_no_more(answers):
-    queue = batcher(answers, wait_s=60.0)
+    queue = batcher(answers, wait_s=60.0, threads=2)
     futures = [queue.submit(2), queue.submit(3)]
     queue.close()
     assert [future.result(0) for future in futures] == [4, 6]
     with pytest.raises(QueueFull):
         queue.submit(4)
+
+
+def test_a_part_of_a_batch_does_not_go_and_wait_behind_another(answers):
+    """With two threads, what cannot be answered yet stays open for others; a full batch goes."""
+    answers.go.clear()
+    queue = batcher(answers, wait_s=0.0, threads=2)
+    first = queue.submit(0)
+    while not answers.batches:
+        time.sleep(0.001)
+    second = [queue.submit(2), queue.submit(4)]
+    time.sleep(0.05)
+    assert answers.batches == [[0]]
+    second += [queue.submit(6), queue.submit(8)]
+    while len(answers.batches) < 2:
+        time.sleep(0.001)
+    third = queue.submit(10)
+    answers.go.set()
+    assert [future.result(30) for future in (first, *second, third)] == [0, 4, 8, 12, 16, 20]
+    queue.close()
+    assert answers.batches == [[0], [2, 4, 6, 8], [10]]

@@ -8,7 +8,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.serving import bulk
 from onerec_jax.serving.bulk import BulkConfig, recommend_to_file
 
-CONFIG = BulkConfig(n=3, beam_width=99, batch_size=4)
+CONFIG = BulkConfig(n=3, beam_width=99, batch_size=4, filter_size=64)
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import serving_world
 
+from onerec_jax.distributed import fetch
 from onerec_jax.errors import InputError
 from onerec_jax.run import Run
+from onerec_jax.serving.catalogue import publish
 from onerec_jax.serving.config import HttpConfig, ServiceConfig
 from onerec_jax.serving.server import create_app
 from onerec_jax.serving.service import Service
@@ -28,14 +30,6 @@ def recommend(server, **body):
 
 def get(server, path, **query):
     return server.client.get(path, params=query)
-
-
-def same_items(found, listed):
-    assert [item["item_id"] for item in found] == [item.item_id for item in listed]
-    assert [item["title"] for item in found] == [item.title for item in listed]
-    assert [tuple(item["semantic_id"]) for item in found] == [item.semantic_id for item in listed]
-    logp = [item["logp"] for item in found]
-    np.testing.assert_allclose(logp, [item.logp for item in listed], rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- answers
@@ -66,8 +60,13 @@ def test_recommendations_are_those_of_python(server, recommender, body, history,
     answer = recommend(server, **body)
     assert answer.status_code == 200, answer.text
     wide = 12 if max(body.get("n", 10), body.get("beam_width", 4)) > 4 else 4
-    (listed,) = recommender.recommend([history], **{"beam_width": wide, **options})
-    same_items(answer.json()["items"], listed)
+    query = recommender.query(history, **{"beam_width": wide, **options})
+    batch = recommender.gather([query], 4, server.service.config.filter_size)
+    ((rows, logp),) = recommender.lists([query], fetch(recommender.search(*batch, wide)))
+    wanted = [recommender.catalogue.describe(row) for row in rows]
+    items = answer.json()["items"]
+    np.testing.assert_allclose([item.pop("logp") for item in items], logp, rtol=1e-5)
+    assert items == wanted
     assert answer.json()["beam_width"] == wide
     assert answer.json()["step"] == 3
 
@@ -135,7 +134,7 @@ def test_metrics(server):
     assert more('onerec_requests_total{route="/v1/recommend",status="200"}') == 1
     assert more('onerec_requests_total{route="/v1/recommend",status="404"}') == 1
     assert more('onerec_request_seconds_count{route="/v1/recommend"}') == 2
-    for stage in ("queue", "gather", "search", "lists"):
+    for stage in ("queue", "gather", "wait", "search", "lists"):
         assert more(f'onerec_stage_seconds_count{{stage="{stage}"}}') == 1
     assert more("onerec_batch_users_sum") == 1
     assert after["onerec_queue_length"] == 0
@@ -303,7 +302,7 @@ class Gate:
         answer = server.service.batcher._answer
 
         def hold(entries):
-            self.users = len(entries)
+            self.users += len(entries)  # of both threads
             self.held.set()
             assert self.opened.wait(60)
             return answer(entries)
@@ -325,8 +324,8 @@ def test_overload_is_told_and_passes(served):
         concurrent.futures.ThreadPoolExecutor(9) as pool,
     ):
         gate = Gate(server)
-        first = pool.submit(recommend, server, user_id=0, n=2)
-        assert gate.held.wait(60)
+        first = [pool.submit(recommend, server, user_id=0, n=2) for _ in range(2)]
+        wait_for(lambda: gate.users == 2)
         waiting = [pool.submit(recommend, server, user_id=i, n=2) for i in range(1, 6)]
         wait_for(lambda: len(server.service.batcher) == 5)
         assert values(server)["onerec_queue_length"] == 5
@@ -335,8 +334,8 @@ def test_overload_is_told_and_passes(served):
             refused(answer, 503, "too many requests are waiting")
             assert int(answer.headers["Retry-After"]) >= 1
         gate.opened.set()
-        answers = [future.result(60) for future in (first, *waiting)]
-        assert [answer.status_code for answer in answers] == [200] * 6
+        answers = [future.result(60) for future in first + waiting]
+        assert [answer.status_code for answer in answers] == [200] * 7
         assert recommend(server, user_id=6, n=2).status_code == 200
 
         gate.opened.clear()  # the model hangs: who waits is told so, and taken from the queue
@@ -369,7 +368,7 @@ def test_a_newer_checkpoint_and_a_newer_catalogue_fail_no_request(copied, tmp_pa
             serving_world.save_checkpoint(run, 4, seed=1)
             wait_for(lambda: (200, 4) in answers)
 
-            serving_world.publish_grown(copied, tmp_path / "grown")
+            publish(copied, *serving_world.grow(tmp_path / "grown", run, new_ids=False))
             new = f"/v1/items/{100 + serving_world.ITEMS - 1}"
             wait_for(lambda: get(server, new).status_code == 200)
 

@@ -1,7 +1,9 @@
 """Parameters and FLOPs: against the real parameter tree and against what XLA counts."""
 
 import dataclasses
+import json
 
+import chex
 import flax.linen as nn
 import jax
 import numpy as np
@@ -13,10 +15,11 @@ from onerec_jax.models.onerec import OneRec
 from onerec_jax.tokenizer.build import TokenizerConfig
 from onerec_jax.training.flops import (
     VOCABULARIES,
+    abstract_batch,
     count_parameters,
     forward_flops,
     generation_flops,
-    nominal_inputs,
+    nominal_spec,
     train_flops,
 )
 
@@ -35,6 +38,14 @@ def test_parts_add_up_to_the_tree(spec, num_experts):
     parts = count_parameters(params)
     assert sum(parts.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert ("experts" in parts) == bool(num_experts)
+
+
+@pytest.mark.parametrize("spec", [full_spec(clustered=True), bare_spec()], ids=["full", "bare"])
+def test_abstract_batch(spec):
+    """The shapes of a real one."""
+    cfg = tiny_config()
+    abstract = abstract_batch(cfg, spec)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, random_batch(cfg, spec, 1))
 
 
 def test_parts_by_hand():
@@ -185,8 +196,8 @@ def test_switched_off_parts_cost_nothing():
 def test_published_sizes(name):
     """OneRec Technical Report, Table 1, vocabularies apart. (0.015B has 2.1M then: its name must
     count tables that the report does not list.)"""
-    spec, batch = nominal_inputs(PRESETS[name], TokenizerConfig())
-    init = OneRec(PRESETS[name], spec).init
+    spec = nominal_spec(TokenizerConfig())
+    init, batch = OneRec(PRESETS[name], spec).init, abstract_batch(PRESETS[name], spec)
     params = nn.unbox(jax.eval_shape(init, jax.random.key(0), batch)["params"])
     parts = count_parameters(params)
     assert sum(parts.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -206,3 +217,22 @@ def test_lengths():
     only = tiny_config(pathways=("static", "short"), short_length=1)
     for name, flops in forward_flops(only, spec).items():
         assert parts[name][1] == flops
+
+
+def test_dropped_rows_are_no_work():
+    """Of two matrices in, one out; the router has run all the same."""
+    spec, lengths = bare_spec(), {"short": [4, 1], "positive": [3, 0], "lifelong": [6, 0]}
+    cfg = tiny_config(encoder_experts=True)
+    tokens, codes = np.array([4 + 3 + 2, 1]), 2 * 3
+    row = 3 * 2 * 3 * 16 * 12
+    rows = 2 * (1 * tokens + 2 * codes)  # two experts each; layers of encoder and decoder
+    whole = train_flops(cfg, spec, 2, lengths)
+    np.testing.assert_allclose(train_flops(cfg, spec, 2, lengths, 0.25), whole - rows * row / 4)
+    nothing = tiny_config(encoder_experts=True, expert_dim=1)
+    left = train_flops(nothing, spec, 2, lengths, 1.0)
+    np.testing.assert_allclose(train_flops(cfg, spec, 2, lengths, 1.0), left)
+    assert train_flops(cfg, spec, 2, dropped=0.5) == whole[0] - rows[0] * row / 2
+    assert json.dumps(train_flops(cfg, spec, 2)) == str(whole[0])
+    assert train_flops(tiny_config(num_experts=0), spec, dropped=0.5) == train_flops(
+        tiny_config(num_experts=0), spec
+    )

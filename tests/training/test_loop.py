@@ -16,7 +16,7 @@ import pytest
 from onerec_jax.errors import InputError
 from onerec_jax.sharding import make_mesh, replicated
 from onerec_jax.training.checkpoint import Checkpoints
-from onerec_jax.training.loop import Collapsed, Interrupted, LoopConfig, NonFiniteLoss, fit
+from onerec_jax.training.loop import Collapsed, Interrupted, LoopConfig, NonFiniteLoss, Work, fit
 from onerec_jax.training.metrics import MetricsLog
 from onerec_jax.training.step import TrainState
 
@@ -48,6 +48,7 @@ class ToyTrainer:
         w = state.params["w"] * 1.1 + jnp.sin(batch.astype(jnp.float32) * step).sum()
         loss = self.poison.get(step, w)
         metrics = {"loss": loss, "loss_level": jnp.stack([w, w]), "grad_norm": jnp.float32(1)}
+        metrics["dropped"] = jnp.float32(step / 100)
         return TrainState(state.step + 1, {"w": w}, {}, (w + 1,)), metrics
 
 
@@ -159,7 +160,7 @@ def test_rows_lines_and_checkpoints(whole):
     rows = job.log.read()
     assert [r["step"] for r in rows if "validation" not in r] == [2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in rows if "validation" in r] == [4, 8, 12]
-    assert set(rows[0]) == {"step", "loss", "loss_level", "grad_norm", "speed"}
+    assert set(rows[0]) == {"step", "loss", "loss_level", "grad_norm", "dropped", "speed"}
     assert rows[1]["speed"]["users_s"] > 0
     assert (progress.best_step, progress.best_score, progress.waited) == (12, 0.12, 0)
     assert progress.seconds > 0
@@ -390,11 +391,18 @@ def test_note_is_json(tmp_path):
 
 
 def test_speed_and_a_trace(tmp_path):
-    """Three steps from the sixth on are traced; rows say how fast the device works."""
+    """Three steps from the sixth on are traced; rows say how fast the device works.
+
+    What experts drop, a share of step / 100 here, is no work done.
+    """
     job = Job(tmp_path / "run")
-    job.go(work=lambda batch: (8.0, 1e12), profile=tmp_path / "trace")
-    speed = job.log.read()[-2]["speed"]
-    assert speed["targets_s"] == pytest.approx(2 * speed["users_s"], rel=1e-6)
-    assert speed["tflops"] == pytest.approx(speed["users_s"] / 4 / jax.device_count(), rel=1e-6)
+    work = Work(8.0, lambda dropped: 1e12 * (1 - dropped))
+    job.go(work=lambda batch: work, profile=tmp_path / "trace")
+    rows = job.log.read()
+    for row, dropped in ((rows[0], 0.02), (rows[-2], 0.115)):  # the first step is not timed
+        speed, steps_s = row["speed"], row["speed"]["users_s"] / 4
+        assert speed["targets_s"] == pytest.approx(8 * steps_s, rel=1e-6)
+        tflops = steps_s * (1 - dropped) / jax.device_count()
+        assert speed["tflops"] == pytest.approx(tflops, rel=1e-6)
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
     assert any(f"trace of 3 steps in {tmp_path / 'trace'}" in line for line in job.lines)

@@ -17,7 +17,7 @@ BATCH = helpers.random_batch(CFG, SPEC, 1)
 
 def memory(mesh=MeshConfig(), users=8, cfg=CFG, **options):  # noqa: B008 (a frozen value)
     tx = make_optimizer(OptimizerConfig(), 100)
-    return step_memory(cfg, SPEC, BATCH, tx, mesh, users=users, **options)
+    return step_memory(cfg, SPEC, tx, mesh, users=users, **options)
 
 
 def test_state_of_one_device():

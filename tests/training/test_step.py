@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import bare_spec, random_batch, tiny_config
+from helpers import bare_spec, random_batch, random_variables, tiny_config
 
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import make_mesh, put_batch
@@ -39,9 +39,9 @@ def mesh_of(shape):
     return make_mesh(data, expert, fsdp=fsdp, tensor=tensor)
 
 
-def make_trainer(mesh=ONE, *, seed=0, accumulate=1, **changes):
+def make_trainer(mesh=ONE, *, seed=0, accumulate=1, tx=None, **changes):
     cfg = tiny_config(**SMALL, **changes)
-    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 100)
+    tx = tx or make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=1), 100)
     example = random_batch(cfg, SPEC, 1)
     model = OneRec(cfg, SPEC, train=True)
     return Trainer(model, tx, mesh_of(mesh), example, seed=seed, accumulate=accumulate)
@@ -167,6 +167,42 @@ def test_same_losses_on_every_mesh(histories, mesh):
     assert len({float(row["loss"]) for row in one}) == STEPS
     expected = jax.device_get(histories[ONE][1][-1].router)
     chex.assert_trees_all_equal(jax.device_get(states[-1].router), expected)
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """A function: losses of STEPS steps on a mesh, of a smaller model that every axis divides.
+
+    By plain gradient descent, which compiles faster: the optimizer's shares are seen above.
+    """
+    sizes, tx = {"decoder_layers": 1, "num_heads": 8, "expert_dim": 16}, optax.sgd(0.1)
+    model = OneRec(tiny_config(**SMALL, **sizes), SPEC, train=True)
+    variables = random_variables(model, batch_of(0))
+    start = step_module.TrainState(np.int32(0), **variables, opt_state=tx.init(variables["params"]))
+
+    def run(mesh):
+        trainer, found = make_trainer(mesh, tx=tx, **sizes), []
+        state = jax.device_put(start, trainer.shardings)
+        for seed in range(STEPS):
+            state, metrics = trainer.step(state, put_batch(batch_of(seed), trainer.mesh))
+            found.append(jax.device_get(metrics["loss"]))
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(losses):
+    return losses(ONE)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("axis", range(4), ids=("data", "expert", "fsdp", "tensor"))
+def test_same_losses_along_an_axis(losses, expected, axis, devices):
+    """Eight devices are among MESHES."""
+    mesh = [1, 1, 1, 1]
+    mesh[axis] = devices
+    np.testing.assert_allclose(losses(mesh), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
