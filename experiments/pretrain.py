@@ -273,15 +273,21 @@ def training_stream(config: PretrainConfig, run: Run) -> TrainStream:
     )
 
 
-def make_validation(config: PretrainConfig, run, mesh):
-    """Validation on a fixed sample of users: NTP loss and item metrics by beam search."""
+def validation_examples(run: Run, users: int, seed: int) -> Examples:
+    """The validation part, or a fixed sample of so many users (0: all)."""
     examples = target_examples(run.split.valid_at)
     if not len(examples):
         raise InputError(f"data set '{run.dataset.name}' has no validation target: split it anew")
-    if 0 < config.validate_users < len(examples):
-        rng = np.random.default_rng(config.seed)
-        chosen = np.sort(rng.choice(len(examples), config.validate_users, replace=False))
+    if 0 < users < len(examples):
+        rng = np.random.default_rng(seed)
+        chosen = np.sort(rng.choice(len(examples), users, replace=False))
         examples = Examples(examples.user[chosen], examples.position[chosen])
+    return examples
+
+
+def make_validation(config: PretrainConfig, run, mesh):
+    """Validation on a fixed sample of users: NTP loss and item metrics by beam search."""
+    examples = validation_examples(run, config.validate_users, config.seed)
     generator = run.generator(
         mesh, beam_width=config.validate_beam_width, batch_size=config.evaluation.batch_size
     )

@@ -32,6 +32,7 @@ class RewardRun(Run):
     """An opened run folder of `experiments.train_reward`."""
 
     stage, flag = "train_reward", "--out"
+    stages = (stage,)
 
     @functools.cached_property
     def model_config(self) -> RewardConfig:
@@ -211,6 +212,14 @@ class Scorer:
         found = np.concatenate(parts)
         found[item_rows < 0] = np.nan
         return {name: found[..., i] for i, name in enumerate(("p", *self.objectives))}
+
+    def over(self, log) -> "Scorer":
+        """The same over another `ActionLog` of the same users; nothing compiles anew."""
+        old = self.builder
+        builder = RewardBatchBuilder(log, old.items, old.cfg, old.item_index > 0)
+        other = dataclasses.replace(self, builder=builder)
+        other.__dict__["_apply"] = self._apply
+        return other
 
     @functools.cached_property
     def _apply(self):

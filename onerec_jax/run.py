@@ -59,6 +59,8 @@ class Run:
 
     stage = "pretrain"
     """The experiment that makes such runs."""
+    stages = ("pretrain", "posttrain")
+    """Those whose runs open as this: a post-trained model is as any other."""
     flag = "--run"
     """Its flag for the folder."""
 
@@ -132,7 +134,7 @@ class Run:
                 f"{folder} is no run folder ({error}): make one with "
                 f"`python -m experiments.{cls.stage}`"
             ) from error
-        if stage != cls.stage:
+        if stage not in cls.stages:
             raise InputError(
                 f"{folder} is a run of experiments.{stage}: give one of experiments.{cls.stage}"
             )
@@ -182,6 +184,11 @@ class Run:
     def tie_order(self) -> np.ndarray:
         """Order of items with equal scores: popularity, then lower row. Int32 `[I]`."""
         return tie_order(self.popularity)
+
+    @property
+    def popular(self) -> np.ndarray:
+        """Item rows, the most popular first, int32 `[I]`."""
+        return np.argsort(self.tie_order).astype(np.int32)
 
     @functools.cached_property
     def builder(self) -> BatchBuilder:

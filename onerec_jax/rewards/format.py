@@ -56,9 +56,8 @@ def legal_prefixes(sid_bgs: np.ndarray, ids: SemanticIds) -> np.ndarray:
       Bool `[..., S]`; the last level says whether the whole ID is legal. Its mean over samples is
       the legality rate by level.
     """
-    sid_bgs, size = np.asarray(sid_bgs), ids.codebook_size
     legal = []
-    for level in range(1, ids.levels + 1):
-        known = np.unique(sid_keys(ids.leaf_sids[:, :level], size))
-        legal.append(np.isin(sid_keys(sid_bgs[..., :level], size), known))
+    for level, known in enumerate(ids.prefix_keys, start=1):
+        key = sid_keys(np.asarray(sid_bgs)[..., :level], ids.codebook_size)
+        legal.append(known[np.minimum(np.searchsorted(known, key), len(known) - 1)] == key)
     return np.stack(legal, axis=-1)

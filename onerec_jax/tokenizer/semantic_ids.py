@@ -88,6 +88,14 @@ class SemanticIds:
         """Leaf of every item, int32 `[items]`."""
         return self._unique[1].reshape(-1).astype(np.int32)
 
+    @functools.cached_property
+    def prefix_keys(self) -> list[np.ndarray]:
+        """`sid_keys` of all prefixes of 1 to `levels` codes that some item has, ascending."""
+        return [
+            np.unique(sid_keys(self.leaf_sids[:, :level], self.codebook_size))
+            for level in range(1, self.levels + 1)
+        ]
+
     def find(self, sids: np.ndarray) -> np.ndarray:
         """Leaf of each ID, int `[..., levels]` -> int32 `[...]`; -1 where no item has it."""
         known = sid_keys(self.leaf_sids, self.codebook_size)

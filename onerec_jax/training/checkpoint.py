@@ -1,9 +1,9 @@
 """Checkpoints: the only file that touches Orbax.
 
-A checkpoint holds the model (`params`, `router`), the optimizer and a JSON note (early stopping).
-Model and optimizer are items of their own, so that evaluation and serving read the model alone.
-The data position is the step itself: batch k is a function of the seed and k. Orbax makes a step
-visible only once it is whole.
+A checkpoint holds the model (`params`, `router`), the optimizer, in post-training the policy that
+items are drawn with, and a JSON note (early stopping). Each is an item of its own, so that
+evaluation and serving read the model alone. The data position is the step itself: batch k is a
+function of the seed and k. Orbax makes a step visible only once it is whole.
 """
 
 import pathlib
@@ -59,7 +59,7 @@ class Checkpoints:
         self.wait()
         self._writing = self._checkpointer.save_checkpointables_async(
             int(state.step),
-            {"model": state.variables, "optimizer": state.opt_state},
+            _items(state),
             force=True,
             overwrite=True,
             metrics={"score": score, "step": int(state.step)},
@@ -86,10 +86,16 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint belongs to another model.
         """
-        loaded = self._load(step, {"model": abstract.variables, "optimizer": abstract.opt_state})
+        loaded = self._load(step, _items(abstract))
         model = loaded["model"]
         step_array = jax.device_put(jax.numpy.int32(step or self.latest), abstract.step.sharding)
-        return TrainState(step_array, model["params"], model["router"], loaded["optimizer"])
+        return TrainState(
+            step_array,
+            model["params"],
+            model["router"],
+            loaded["optimizer"],
+            loaded.get("sampler", {}),
+        )
 
     def restore_model(self, abstract_variables, step: int | None = None) -> dict:
         """Only `params` and `router` of a step."""
@@ -118,6 +124,12 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._checkpointer.close()
+
+
+def _items(state: TrainState) -> dict:
+    """What is saved, by name."""
+    items = {"model": state.variables, "optimizer": state.opt_state}
+    return items | ({"sampler": state.sampler} if state.sampler else {})
 
 
 def _check_shapes(checkpoints: Checkpoints, step, abstract_variables) -> None:

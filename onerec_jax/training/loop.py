@@ -78,6 +78,10 @@ class NonFiniteLoss(InputError):
     """The loss or gradient stopped being a number."""
 
 
+class Collapsed(InputError):
+    """The metrics say that going on would spoil the model."""
+
+
 class _StopSignal:
     """Turns the first Ctrl-C or SIGTERM into a flag; a second one acts at once."""
 
@@ -108,6 +112,7 @@ def fit(
     seed: int,
     validate: Callable[[dict[str, Any]], dict[str, float]],
     work: Callable[[Batch], Work] | None = None,
+    guard: Callable[[dict], str | None] | None = None,
     profile: pathlib.Path | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[TrainState, Progress]:
@@ -121,12 +126,14 @@ def fit(
       stream: step -> batches from that step on, as `data.pipeline.TrainStream`.
       validate: variables -> metrics, among them `score` (higher is better).
       work: what a training step on a batch of this process has to do.
+      guard: mean metrics since the last row -> why training must stop, or None.
       profile: folder for a trace of PROFILED steps, once everything is compiled.
       say: prints one line of progress.
 
     Raises:
       Interrupted: after Ctrl-C or SIGTERM, everything saved.
       NonFiniteLoss: names the step and the last good checkpoint.
+      Collapsed: the guard objects; names both too.
     """
     progress = Progress()
     if checkpoints.latest is None:
@@ -142,12 +149,14 @@ def fit(
     clock = _Clock()
     tracer = _Tracer(profile, step, say)
 
-    def not_finite(name, at):
+    def last_good():
         saved = checkpoints.latest
+        return "no checkpoint was saved" if saved is None else f"last good one: step {saved}"
+
+    def not_finite(name, at):
         return NonFiniteLoss(
             f"{name} is not finite at step {at}: lower --optimizer.learning-rate or look at the "
-            "data; "
-            + ("no checkpoint was saved" if saved is None else f"last good one: step {saved}")
+            f"data; {last_good()}"
         )
 
     def flush():
@@ -162,6 +171,8 @@ def fit(
         # Speed apart: all else in a row is the same whenever the step is repeated.
         metrics_log.write({"step": step, **row, "speed": speed})
         say(_progress_line(step, cfg, row | speed, clock))
+        if guard is not None and (reason := guard(row)):
+            raise Collapsed(f"stopped at step {step}: {reason}; {last_good()}")
 
     def save(score):
         progress.seconds = earlier + time.perf_counter() - start
@@ -308,6 +319,8 @@ def _progress_line(step, cfg, row, clock) -> str:
     )
     if "mfu" in row:
         line += f"  MFU {row['mfu']:.1%}"
+    if "reward" in row:
+        line += f"  reward {row['reward']:.4f}  legal {row['legality'][-1]:.0%}"
     if "load" in row:
         line += f"  max load +{row['max_violation']:.0%}  dropped {row['dropped']:.1%}"
     left = (cfg.steps - step) * cfg.batch_size / clock.rate if clock.seconds else float("nan")

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import warnings
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ def _plain(value):
         return value
     if array.ndim:
         return [_plain(x) for x in array]
+    if array.dtype.kind == "f" and np.isnan(array):
+        return None  # NaN is no JSON
     return float(f"{float(array):.7g}") if array.dtype.kind == "f" else int(array)
 
 
@@ -50,8 +53,10 @@ class MetricsLog:
 
 
 def mean_rows(rows: list[dict]) -> dict:
-    """Mean of each metric over steps; arrays keep their shape."""
-    return {key: np.mean([np.asarray(row[key]) for row in rows], axis=0) for key in rows[0]}
+    """Mean of each metric over the steps that have it (not NaN); arrays keep their shape."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # no step has it: NaN it stays
+        return {key: np.nanmean([np.asarray(row[key]) for row in rows], axis=0) for key in rows[0]}
 
 
 def first_non_finite(rows: list[dict]) -> tuple[int, str] | None:

@@ -8,6 +8,9 @@ import optax
 
 from onerec_jax.errors import require_at_least
 
+TABLES = {"sid_embedding", "features", "static_features"}
+"""Parameters, and modules of little else, of which a step reads a few rows: the report's sparse."""
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -42,16 +45,30 @@ def learning_rate_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), end], [warmup])
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The gradient transformation of a run of `steps` steps."""
+def make_optimizer(
+    cfg: OptimizerConfig, steps: int, *, sparse_learning_rate: float | None = None
+) -> optax.GradientTransformation:
+    """The gradient transformation of a run of `steps` steps.
 
-    def decays(params):
-        def matrix_or_table(path, _):
-            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-            return not {"scale", "bias", "bos"} & set(names)
+    Args:
+      sparse_learning_rate: peak for embedding tables; None: as all else.
+    """
 
-        return jax.tree_util.tree_map_with_path(matrix_or_table, params)
+    def named(chosen):
+        def mask(params):
+            def of(path, _):
+                names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+                return chosen(set(names))
 
+            return jax.tree_util.tree_map_with_path(of, params)
+
+        return mask
+
+    scaled = []
+    if sparse_learning_rate is not None:
+        # The last of all: what AdamW gives is in proportion to its learning rate.
+        ratio = sparse_learning_rate / cfg.learning_rate
+        scaled = [optax.masked(optax.scale(ratio), named(lambda names: bool(TABLES & names)))]
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.adamw(
@@ -59,6 +76,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
             b1=cfg.b1,
             b2=cfg.b2,
             weight_decay=cfg.weight_decay,
-            mask=decays,
+            mask=named(lambda names: not {"scale", "bias", "bos"} & names),
         ),
+        *scaled,
     )

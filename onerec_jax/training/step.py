@@ -24,6 +24,8 @@ class TrainState:
     params: dict
     router: dict  # loss-free balancing bias, moved by load; {} for a dense model
     opt_state: optax.OptState
+    sampler: dict = struct.field(default_factory=dict)
+    """Variables of an earlier step that post-training draws items with; {} in other stages."""
 
     @property
     def variables(self) -> dict:
@@ -106,11 +108,22 @@ def train_step(
       `grad_norm`, and for experts `load` (share of tokens, `[layers, E]`), `max_violation` (worst
       layer) and `dropped` (share of copies, over all layers).
     """
+    return update(
+        state, *ntp_gradients(state, batch, model, seed=seed, accumulate=accumulate), model, tx
+    )
+
+
+def ntp_gradients(state: TrainState, batch: Batch, model: OneRec, *, seed: int, accumulate: int):
+    """`gradients` at a state, in parts where asked for."""
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     compute = functools.partial(gradients, model=model)
     if accumulate > 1:
         compute = functools.partial(accumulated, model=model, parts=accumulate)
-    grads, level, stats = compute(state.params, state.router, batch, key)
+    return compute(state.params, state.router, batch, key)
+
+
+def update(state: TrainState, grads, level, stats, model: OneRec, tx):
+    """The optimizer's step on gradients, the routers' on their load; as `train_step` returns."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {"loss": level.sum(), "loss_level": level, "grad_norm": optax.tree.norm(grads)}
     router = state.router
@@ -125,7 +138,7 @@ def train_step(
             "dropped": sum((x["dropped"] * x["load"].sum(-1)).sum() for x in layers) / load.sum(),
         }
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, router, opt_state), metrics
+    return TrainState(state.step + 1, params, router, opt_state, state.sampler), metrics
 
 
 def _layers(stats) -> list[dict]:
@@ -140,15 +153,18 @@ def _layers(stats) -> list[dict]:
 class Trainer:
     """The compiled step and the shardings of its state on one mesh."""
 
-    def __init__(self, model, tx, mesh, example, *, seed: int, step=None, **options):
+    def __init__(
+        self, model, tx, mesh, example, *, seed: int, step=None, init=init_state, **options
+    ):
         """`example` is any batch of the right shapes; `model.train` must be True.
 
         Args:
           step: the training step of the model; None: `train_step`, that of `OneRec`.
-          options: its further settings, such as `accumulate`.
+          init: what makes its first state.
+          options: further settings of the step, such as `accumulate`.
         """
         self.mesh = mesh
-        self._init = functools.partial(init_state, batch=example, model=model, tx=tx)
+        self._init = functools.partial(init, batch=example, model=model, tx=tx)
         boxed = jax.eval_shape(self._init, jax.random.key(0))
         self.shardings = shardings_of(boxed, mesh)
         self.shardings = self.shardings.replace(
@@ -159,6 +175,7 @@ class Trainer:
             nn.unbox(boxed),
             self.shardings,
         )
+        self._tx = tx
         step = functools.partial(step or train_step, model=model, tx=tx, seed=seed, **options)
         self.step = jax.jit(
             on_mesh(step, mesh),
@@ -171,3 +188,16 @@ class Trainer:
         """Creates the state sharded: it never lies whole on one device."""
         init = jax.jit(lambda key: nn.unbox(self._init(key)), out_shardings=self.shardings)
         return init(jax.random.key(seed))
+
+    def init_from(self, variables: dict) -> TrainState:
+        """The state that begins at given `params` and `router`; they are the sampler too, if there
+        is to be one."""
+        has_sampler = bool(self.abstract_state.sampler)
+
+        def begin(variables):
+            params, router = variables["params"], variables["router"]
+            sampler = jax.tree.map(jnp.copy, variables) if has_sampler else {}  # both are donated
+            zero = jnp.zeros((), jnp.int32)
+            return TrainState(zero, params, router, self._tx.init(params), sampler)
+
+        return jax.jit(begin, out_shardings=self.shardings)(variables)

@@ -16,7 +16,7 @@ import pytest
 from onerec_jax.errors import InputError
 from onerec_jax.sharding import make_mesh, replicated
 from onerec_jax.training.checkpoint import Checkpoints
-from onerec_jax.training.loop import Interrupted, LoopConfig, NonFiniteLoss, Work, fit
+from onerec_jax.training.loop import Collapsed, Interrupted, LoopConfig, NonFiniteLoss, Work, fit
 from onerec_jax.training.metrics import MetricsLog
 from onerec_jax.training.step import TrainState
 
@@ -334,6 +334,17 @@ def test_non_finite_loss_before_any_checkpoint(tmp_path):
     job = Job(tmp_path / "r", poison={2: jnp.float32("nan")})
     with pytest.raises(NonFiniteLoss, match=r"step 2\b.*no checkpoint"):
         job.go()
+
+
+def test_a_guard_stops_before_anything_is_saved(tmp_path):
+    """It is asked with the mean of each row; the run goes on from the last good step."""
+    job = Job(tmp_path / "r", poison={7: jnp.float32(1e6)})
+    with pytest.raises(Collapsed, match=r"^stopped at step 8: too loud; last good one: step 4$"):
+        job.go(guard=lambda row: "too loud" if row["loss"] > 1e5 else None)
+    assert job.kept == {4}
+    job.poison = None
+    state, _ = job.go(guard=lambda row: None)
+    assert int(state.step) == 12
 
 
 def test_ctrl_c_never_saves_a_state_that_is_not_finite(tmp_path):

@@ -89,3 +89,17 @@ def test_first_non_finite():
     assert first_non_finite([good, bad_gradient, bad_loss]) == (1, "grad_norm")
     assert first_non_finite([good, good, bad_loss]) == (2, "loss")
     assert first_non_finite([]) is None
+
+
+def test_a_metric_that_some_steps_lack(tmp_path):
+    """A mean over the steps that have it; null where none has, for NaN is no JSON."""
+    rows = [{"x": np.float32("nan"), "y": [1.0, np.nan]}, {"x": np.float32(3), "y": [3.0, np.nan]}]
+    mean = mean_rows(rows)
+    assert mean["x"] == 3
+    log = MetricsLog(tmp_path / "m")
+    log.write({"step": 1, **mean})
+    assert json.loads(log.path.read_text(), parse_constant=str) == {
+        "step": 1,
+        "x": 3.0,
+        "y": [2.0, None],
+    }

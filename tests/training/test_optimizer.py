@@ -1,6 +1,7 @@
 """The learning-rate course, and AdamW with clipping and decay against arithmetic by hand."""
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +97,29 @@ def test_two_steps_by_hand():
         by_hand = by_hand - 0.1 * (adam + 0.2 * by_hand * [1, 1, 0])
         found = np.concatenate([p["kernel"][0], p["bias"]])
         np.testing.assert_allclose(found, by_hand, rtol=1e-5)
+
+
+def test_tables_have_a_learning_rate_of_their_own():
+    """Updates of embedding tables are in proportion to it, all others as before."""
+    cfg, spec = tiny_config(decoder_layers=1, num_experts=0), full_spec()
+    init = jax.eval_shape(OneRec(cfg, spec).init, jax.random.key(0), random_batch(cfg, spec, 1))
+    params = jax.tree.map(lambda x: np.ones(1, np.float32), nn.unbox(init)["params"])
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, decay="constant")
+    updates = []
+    for rate in (None, 0.3):
+        tx = make_optimizer(config, 10, sparse_learning_rate=rate)
+        step = helpers.quick_jit(lambda p, tx=tx: tx.update(p, tx.init(p), p)[0])
+        updates.append(jax.device_get(step(params)))
+    ratio = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): float((b / a)[0])
+        for (path, a), b in zip(
+            jax.tree_util.tree_flatten_with_path(updates[0])[0],
+            jax.tree.leaves(updates[1]),
+            strict=True,
+        )
+    }
+    assert {name for name, x in ratio.items() if abs(x - 3) < 1e-4} == {
+        name for name in ratio if name == "sid_embedding" or "features/" in name
+    }
+    assert all(abs(x - 3) < 1e-4 or abs(x - 1) < 1e-4 for x in ratio.values())
+    assert ratio["encoder/features/author"] > 2

@@ -1,0 +1,479 @@
+"""Post-train a policy on rewards: `python -m experiments.posttrain RUN --reward REWARD`.
+
+RUN is a finished run of experiments.pretrain (or of this), REWARD one of experiments.train_reward
+for the same items. Supervised fine-tuning on the better sessions (RSFT) goes on while groups of
+items, drawn for a share of its users, are scored and pushed up or down. A killed or interrupted run
+goes on when the same command is given again; a finished one is shown. The result is a run folder
+as of pretraining.
+
+    python -m experiments.posttrain runs/world --reward runs/reward --judge runs/judge
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shlex
+import sys
+import time
+from typing import Annotated, Literal
+
+import numpy as np
+import rich.console
+import rich.table
+import tyro
+
+from experiments import evaluate
+from experiments.pretrain import RUNS, validation_examples
+from experiments.studies.pathways import expected_of_lists
+from onerec_jax import cli
+from onerec_jax.data.examples import Examples, check_batch_size, target_examples, train_examples
+from onerec_jax.data.pipeline import PipelineConfig, TrainStream
+from onerec_jax.data.sessions import well_played
+from onerec_jax.errors import InputError, require_at_least
+from onerec_jax.evaluation.ranking import paired_difference, ranking_metrics
+from onerec_jax.files import read_json, write_text
+from onerec_jax.generation.rollout import RolloutConfig
+from onerec_jax.losses.ecpo import PolicyConfig
+from onerec_jax.posttraining.step import (
+    FormatConfig,
+    LossWeights,
+    ObjectiveConfig,
+    init_policy_state,
+    policy_step,
+)
+from onerec_jax.posttraining.trainer import PolicyStream, PolicyTrainer, Rewarder, RolloutFiles
+from onerec_jax.reward_run import RewardRun, open_reward
+from onerec_jax.rewards.industrial import IndustrialConfig, flagged_items
+from onerec_jax.run import Run, settings_hash
+from onerec_jax.sharding import USER_AXES, MeshConfig, check_mesh, make_mesh
+from onerec_jax.training.loop import Interrupted, LoopConfig, fit
+from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
+from onerec_jax.training.step import Trainer
+
+# ------------------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """When a collapsed policy is stopped, by the means since the last logged row."""
+
+    legality: float = 0.05
+    """Least share of drawn IDs that exist."""
+    entropy: float = 0.05
+    """Least entropy of an item, summed over its codes, in nats."""
+
+    def __post_init__(self):
+        require_at_least(self, "guard.", legality=0, entropy=0)
+
+    def __call__(self, row: dict) -> str | None:
+        """Why training must stop, or None."""
+        if np.isinf(row["ratio_quantiles"]).any():
+            return "the ratio of policy and sampler is not finite"
+        found = {"legality": row["legality"][-1], "entropy": np.sum(row["entropy"])}
+        for name, value in found.items():
+            if not value >= getattr(self, name):
+                return (
+                    f"{name} {value:.3f} is below --guard.{name} {getattr(self, name)}, the policy "
+                    "has collapsed: lower --weights.preference or raise --format.k"
+                )
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class PosttrainConfig:
+    """Post-train a run on the rewards of another, and compare before with after."""
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Finished run to start from; one that is itself post-trained will do."""
+    reward: pathlib.Path
+    """Finished run of experiments.train_reward for the same data set and semantic IDs."""
+    judge: pathlib.Path | None = None
+    """A second reward run (train_reward --judge), to measure the result by and nothing else."""
+    out: pathlib.Path | None = None
+    """Run folder to write; default: runs/DATA-posttrain-HASH, one for each set of flags."""
+    seed: int = 0
+    objective: str = "p"
+    """What is rewarded: p, the preference score, or one of the reward's objectives, such as vtr."""
+    rl_share: float = 0.01
+    """Share of the users of a step that get rollouts, at least one a device; 0.01 in the report."""
+    rsft_drop: float = 0.5
+    """Share of the sessions, those played shortest, that supervised fine-tuning leaves out."""
+    rollout: RolloutConfig = RolloutConfig()
+    policy: PolicyConfig = PolicyConfig()
+    weights: LossWeights = LossWeights()
+    format: FormatConfig = FormatConfig()
+    flagged: str | None = None
+    """Items whose rewards are cut while they are too many (SIR): a column of the items table such
+    as viral_farm, or a file with one item id a line."""
+    industrial: IndustrialConfig = IndustrialConfig()
+    train: LoopConfig = LoopConfig(steps=5000, validate_every=500, patience=0)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=8e-5, warmup_steps=100, decay="constant"
+    )
+    """Of dense parameters; the report anneals to 8e-5."""
+    sparse_learning_rate: float = 1e-4
+    """Of embedding tables; 1e-4 in the report."""
+    guard: GuardConfig = GuardConfig()
+    keep_rollouts: int = 100
+    """Every so many steps all that was drawn is written to rollouts/; 0: never."""
+    validate_users: int = 500
+    """Users in each validation, drawn once by the seed; 0 = all."""
+    validate_beam_width: int = 64
+    list_length: int = 10
+    """Items of the lists that validation and comparison score."""
+    select_by: Literal["reward", "loss"] = "reward"
+    """What the best checkpoint goes by: the mean reward of lists, or the NTP loss."""
+    evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig(baselines=False)
+    mesh: MeshConfig = MeshConfig()
+    deterministic: bool = False
+    """On a GPU: the same bits every time, by slower kernels."""
+
+    def __post_init__(self):
+        require_at_least(
+            self, "", seed=0, keep_rollouts=0, validate_users=0, validate_beam_width=1,
+            list_length=1, sparse_learning_rate=0,
+        )  # fmt: skip
+        for name in ("rl_share", "rsft_drop"):
+            value, flag = getattr(self, name), name.replace("_", "-")
+            if not (0 <= value <= 1) or value == (0 if name == "rl_share" else 1):
+                asks = "above 0, at most 1" if name == "rl_share" else "from 0 to below 1"
+                raise InputError(f"--{flag} {value} must be {asks}")
+        if not self.optimizer.learning_rate > 0:
+            raise InputError("--optimizer.learning-rate must be above 0")
+        self.objective_config  # noqa: B018 (refuses what does not fit together)
+
+    @property
+    def objective_config(self) -> ObjectiveConfig:
+        return ObjectiveConfig(
+            self.policy,
+            self.weights,
+            self.format,
+            self.rollout.group,
+            self.rollout.refresh_every,
+            self.industrial,
+        )
+
+
+class PosttrainRun(Run):
+    """The run that is being made; finished, it opens as any `Run`."""
+
+    stage, flag = "posttrain", "--out"
+
+
+def settings(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -> dict:
+    """All that the result depends on, as JSON; the mesh may change between sessions."""
+    values = dataclasses.asdict(config)
+    for name in ("run", "reward", "judge", "out", "mesh", "evaluation", "flagged"):
+        del values[name]
+    before = parent.config["settings"]
+    rows = None if flagged is None else np.flatnonzero(flagged).tolist()
+    values |= {
+        "stage": PosttrainRun.stage,
+        "preset": before["preset"],
+        "model": before["model"],
+        "targets": before.get("targets", "all"),
+        "parent": origin(parent),
+        "reward_run": origin(reward) | {"fusion": reward.fusion},
+        "flagged": rows and settings_hash({"rows": rows}),
+    }
+    return json.loads(json.dumps(values))
+
+
+def origin(run: Run) -> dict:
+    """A run that another comes from."""
+    parts = {name: run.config[name] for name in ("settings", "data", "semantic_ids", "lifelong")}
+    named = {k: v["fingerprint"] if v and k != "settings" else v for k, v in parts.items()}
+    return {
+        "folder": str(run.folder.resolve()),
+        "settings": settings_hash(named),
+        "step": run.best_step,
+    }
+
+
+# --------------------------------------------------------------------------------------- stages
+
+
+def finished(run: Run) -> Run:
+    """The run, if it has come to its end.
+
+    Raises:
+      InputError: it has not.
+    """
+    if not run.finished:
+        raise InputError(
+            f"{run.folder} is not trained to its end: run `{run.config['command']}` on"
+        )
+    return run
+
+
+def open_rewards(config: PosttrainConfig, parent: Run) -> tuple[RewardRun, RewardRun | None]:
+    """The reward and the judge."""
+    reward = finished(open_reward(config.reward, parent))
+    known = ("p", *reward.objectives)
+    if config.objective not in known:
+        raise InputError(
+            f"--objective {config.objective}: {config.reward} knows {', '.join(known)}: give one"
+        )
+    judge = None if config.judge is None else finished(open_reward(config.judge, parent))
+    return reward, judge
+
+
+def read_flagged(config: PosttrainConfig, run: Run) -> np.ndarray | None:
+    """Flagged items, bool `[I]`, or None."""
+    if config.flagged is None:
+        return None
+    path = pathlib.Path(config.flagged)
+    if not path.is_file():
+        return flagged_items(run.dataset, config.flagged)
+    words = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if run.dataset.items["item_id"].dtype.is_integer():
+        try:
+            words = [int(word) for word in words]
+        except ValueError as error:
+            raise InputError(f"--flagged {path}: item ids are integers ({error})") from error
+    return flagged_items(run.dataset, words)
+
+
+def rsft_examples(config: PosttrainConfig, run: Run) -> Examples:
+    """Targets of supervised fine-tuning."""
+    kept = well_played(run.dataset, run.split, config.rsft_drop) if config.rsft_drop else None
+    if kept is None:
+        if config.rsft_drop:
+            print("the log holds no play times: supervised fine-tuning uses all sessions")
+        eligible = run.eligible
+    else:
+        eligible = kept if run.eligible is None else kept & run.eligible
+    return train_examples(run.split, eligible)
+
+
+def open_run(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -> PosttrainRun:
+    """Creates or continues the run folder."""
+    values = settings(config, parent, reward, flagged)
+    key = values | {"data": parent.dataset.fingerprint, "semantic_ids": parent.ids.fingerprint}
+    folders = {
+        part: pathlib.Path(parent.config[part]["folder"])
+        for part in ("data", "semantic_ids", "lifelong")
+        if parent.config.get(part)
+    }
+    return PosttrainRun.create(
+        config.out or RUNS / f"{parent.dataset.name}-posttrain-{settings_hash(key)}",
+        settings=values,
+        command=shlex.join(["python", "-m", "experiments.posttrain", *sys.argv[1:]]),
+        data_folder=folders["data"],
+        ids_folder=folders["semantic_ids"],
+        dataset=parent.dataset,
+        ids=parent.ids,
+        spec=parent.spec,
+        lifelong_folder=folders.get("lifelong"),
+        snapshots=parent.snapshots,
+    )
+
+
+def rollout_users(config: PosttrainConfig, mesh) -> int:
+    """Users of a step that get rollouts: the share asked for, rounded up to fill the devices."""
+    devices = math.prod(mesh.shape[axis] for axis in USER_AXES)
+    users = max(round(config.rl_share * config.train.batch_size), 1)
+    return min(-(-users // devices) * devices, config.train.batch_size)
+
+
+def make_validation(config: PosttrainConfig, run: Run, scorer, mesh):
+    """Validation on a fixed sample of users: NTP loss, items, legality, reward of lists."""
+    examples = validation_examples(run, config.validate_users, config.seed)
+    generator = run.generator(
+        mesh, beam_width=config.validate_beam_width, batch_size=config.evaluation.batch_size
+    )
+
+    def validate(variables) -> dict[str, float]:
+        loss = float(generator.loss(variables, run.builder, examples).sum(-1).mean())
+        found = generator.rank(variables, run.builder, examples, n=config.list_length)
+        reward = scorer(examples, found.lists)[config.objective]
+        values = {
+            "loss": loss,
+            "reward": float(np.nanmean(reward)),
+            "legality": generator.legality(variables, run.builder, examples),
+            "ndcg@10": float(ranking_metrics(found.item_ranks)["ndcg@10"].mean()),
+        }
+        return values | {"score": -loss if config.select_by == "loss" else values["reward"]}
+
+    return validate
+
+
+def train(config: PosttrainConfig, parent: Run, run: Run, reward, examples, flagged, mesh):
+    """Trains to the end, from the latest checkpoint if there is one."""
+    users = rollout_users(config, mesh)
+    stream = TrainStream(
+        run.builder,
+        examples,
+        PipelineConfig(),
+        config.train.batch_size,
+        config.seed,
+        run.split.train_end,
+    )
+    optimizer = make_optimizer(
+        config.optimizer, config.train.steps, sparse_learning_rate=config.sparse_learning_rate
+    )
+    cfg = config.objective_config
+    trainer = Trainer(
+        run.model(train=True),
+        optimizer,
+        mesh,
+        run.example,
+        seed=config.seed,
+        step=policy_step,
+        init=init_policy_state,
+        cfg=cfg,
+        accumulate=config.train.accumulate,
+    )
+    policy = PolicyTrainer(
+        trainer,
+        lambda abstract: parent.checkpoints.restore_model(abstract, parent.best_step),
+        run,
+        Rewarder(run, reward.scorer(users=users), config.objective, flagged),
+        config.rollout,
+        seed=config.seed,
+        record=RolloutFiles(run.folder / "rollouts", config.keep_rollouts, run),
+    )
+    print(
+        f"post-training {parent.folder} on {config.objective} of {reward.folder}: "
+        f"{len(examples):,} examples, {users} of {config.train.batch_size} users a step with "
+        f"{config.rollout.group} items each ({config.rollout.method}), in {run.folder}"
+    )
+    scorer = reward.scorer(users=config.evaluation.batch_size)
+    return fit(
+        policy,
+        PolicyStream(stream, users),
+        run.checkpoints,
+        run.metrics,
+        config.train,
+        seed=config.seed,
+        validate=make_validation(config, run, scorer, mesh),
+        guard=config.guard,
+    )
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def compare(config: PosttrainConfig, parent: Run, run: Run, reward, judge) -> dict:
+    """Test users before and after: rewards of their lists of unseen items, legality, the log.
+
+    Where a world made the data, also what it expects of the lists at each user's test request.
+    """
+    test = target_examples(run.split.test_at)
+    seen = evaluate.seen_items(run, test)
+    generator = run.generator(
+        make_mesh(data=1),
+        beam_width=config.evaluation.beam_width,
+        batch_size=config.evaluation.batch_size,
+    )
+    scorers = {"reward": reward, "judge": judge}
+    scorers = {
+        name: x.scorer(users=config.evaluation.batch_size) for name, x in scorers.items() if x
+    }
+    values = {}
+    for name, source in (("before", parent), ("after", run)):
+        variables = source.load_best()
+        found = generator.rank(variables, run.builder, test, n=config.list_length, seen=seen)
+        here = values[name] = {"items a list": (found.lists >= 0).sum(1).astype(float)}
+        for who, scorer in scorers.items():
+            scores = scorer(test, found.lists)
+            for kind in dict.fromkeys(("p", config.objective)):
+                if kind in scores:
+                    here[f"{kind}, {who}"] = mean_of_lists(scores[kind])
+        if "world" in run.dataset.meta:
+            expected = expected_of_lists(run.dataset, test, found.lists)
+            here |= {f"{k}, expected by the world": v for k, v in expected.items()}
+        here["recall@10"] = (found.item_ranks < min(10, config.list_length)).astype(float)
+        here["NTP loss"] = generator.loss(variables, run.builder, test).sum(-1)
+        here["legality"] = legality(generator, variables, run, test)
+    rows = {}
+    for name, before in values["before"].items():
+        after = values["after"][name]
+        both = np.isfinite(before) & np.isfinite(after)
+        rows[name] = {
+            "before": float(before[both].mean()),
+            "after": float(after[both].mean()),
+            **paired_difference(
+                after[both], before[both], config.seed, config.evaluation.resamples
+            ),
+        }
+    return {"users": len(test), "list_length": config.list_length, "metrics": rows}
+
+
+def mean_of_lists(score_un: np.ndarray) -> np.ndarray:
+    """Mean of each row, float64 `[U]`; NaN is no item, a row of nothing else stays NaN."""
+    known = np.isfinite(score_un)
+    count = known.sum(1)
+    total = np.where(known, score_un, 0).sum(1, dtype=float)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def legality(generator, variables, run: Run, examples) -> np.ndarray:
+    """Share of each user's unmasked beams that exist, float `[U]`."""
+    beams = generator.beams(variables, run.builder, examples, masked=False)
+    return np.concatenate([(run.ids.find(found.sid) >= 0).mean(1) for found in beams])
+
+
+def show(result: dict) -> None:
+    """Print before and after."""
+    table = rich.table.Table(title=f"{result['users']} test users, lists of unseen items")
+    for i, name in enumerate(("mean over users", "before", "after", "difference", "95% interval")):
+        table.add_column(name, justify="right" if i else "left")
+    for name, row in result["metrics"].items():
+        low, high = row["ci95"]
+        cells = (f"{row[k]:.4f}" for k in ("before", "after"))
+        table.add_row(name, *cells, f"{row['difference']:+.4f}", f"\\[{low:+.4f}, {high:+.4f}]")
+    rich.console.Console(soft_wrap=True, highlight=False).print(table)
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def main(config: PosttrainConfig) -> None:
+    """Post-training, comparison, test."""
+    if config.deterministic:
+        # Read once, when the backend starts: nothing above may have touched a device.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    parent = finished(Run.open(config.run))
+    reward, judge = open_rewards(config, parent)
+    flagged = read_flagged(config, parent)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_mesh(
+        mesh,
+        parent.model_config,
+        batch_size=config.train.batch_size,
+        accumulate=config.train.accumulate,
+    )
+    examples = rsft_examples(config, parent)
+    check_batch_size(config.train.batch_size, examples)
+    run = open_run(config, parent, reward, flagged)
+    path = run.folder / "comparison.json"
+    if path.exists():
+        print(f"{run.folder} is finished: showing its comparison")
+        result = read_json(path)
+    else:
+        try:
+            _, progress = train(config, parent, run, reward, examples, flagged, mesh)
+        except Interrupted as interrupted:
+            print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
+            raise SystemExit(130) from None
+        start = time.perf_counter()
+        result = compare(config, parent, run, reward, judge)
+        seconds = {"train": progress.seconds, "compare": time.perf_counter() - start}
+        evaluate.evaluate_run(run, config.evaluation, seconds)
+        write_text(path, json.dumps(result, indent=1))
+    show(result)
+    print(f"\neverything lies in {run.folder}: comparison.json, report.md, rollouts, checkpoints")
+    print(f"more: python -m experiments.evaluate {run.folder}")
+
+
+def run_command(argv: list[str] | None = None) -> None:
+    """The command line; `argv` replaces the process's own flags."""
+    cli.run(main, PosttrainConfig, prog="python -m experiments.posttrain", argv=argv)
+
+
+if __name__ == "__main__":
+    run_command()

@@ -1,0 +1,203 @@
+"""Around the joint step: who is asked, what is drawn, what it is worth, what is kept of it.
+
+A step draws on the device, finds items and scores them from the host, and updates on the device;
+the report gives drawing and scoring to services of their own.
+
+Axes: R users with rollouts, G items of a group, S levels.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import polars as pl
+
+from onerec_jax.data.examples import Examples
+from onerec_jax.data.pipeline import TrainStream
+from onerec_jax.generation.rollout import (
+    RolloutConfig,
+    find_items,
+    first_of_each,
+    rollout,
+)
+from onerec_jax.generation.trie import build_trie
+from onerec_jax.inputs import Batch
+from onerec_jax.posttraining.step import PolicyBatch
+from onerec_jax.rewards.advantage import check_rewards
+from onerec_jax.rewards.format import legal_prefixes
+from onerec_jax.run import Run
+from onerec_jax.sharding import on_mesh, put_batch
+from onerec_jax.training.step import Trainer, TrainState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PolicyStream:
+    """The stream of supervised fine-tuning, whose first users of each batch get rollouts.
+
+    Batches are shuffled, so that these are a random share of the stream.
+    """
+
+    stream: TrainStream
+    users: int
+    """R."""
+
+    def __call__(self, step: int = 0) -> Iterator[PolicyBatch]:
+        examples, numbers = self.stream.examples, self.stream.assembler().batches
+        with contextlib.closing(self.stream(step)) as batches:
+            for number in itertools.count(step):
+                sft, index = next(batches), numbers(number)[0][: self.users]
+                yield PolicyBatch(
+                    sft,
+                    jax.tree.map(lambda x: x[: self.users], sft),
+                    examples.user[index],
+                    examples.position[index],
+                )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rewarder:
+    """Items and rewards of what was drawn."""
+
+    run: Run
+    score: Callable[[Examples, np.ndarray], dict[str, np.ndarray]]
+    """As `reward_run.Scorer`."""
+    objective: str = "p"
+    flagged: np.ndarray | None = None
+    """Bool `[I]`, items of the industrial reward."""
+
+    @functools.cached_property
+    def _by_leaf(self):
+        return self.run.ids.items_by_leaf(self.run.tie_order)
+
+    def __call__(self, user, position, drawn) -> tuple[np.ndarray, dict, dict]:
+        """Judges a `Rollout` of NumPy arrays.
+
+        Returns:
+          Item rows int32 `[R, G]`, -1 for none; what `PolicyBatch` has of them, NumPy; and metrics:
+          `reward` (mean of the items that count, NaN without any), `best_reward` (mean over groups
+          of the best), `legality` `[S]` (of all that is drawn, repetitions included) and `distinct`
+          (share of the legal that count).
+
+        Raises:
+          InputError: a reward is no number.
+        """
+        item = find_items(drawn.sid, drawn.alive, self.run.ids, *self._by_leaf)
+        first = first_of_each(item)
+        reward = self.score(Examples(user, position), item)[self.objective]
+        check_rewards(reward, item, self.run.dataset.items["item_id"])
+        legal = legal_prefixes(drawn.sid, self.run.ids)[drawn.alive]
+        some = first.any(1)
+        best = np.where(first, reward, -np.inf).max(1)[some]
+        found = {
+            "reward": reward[first].mean() if some.any() else np.nan,
+            "best_reward": best.mean() if some.any() else np.nan,
+            "legality": legal.mean(0),
+            "distinct": first.sum() / max((item >= 0).sum(), 1),
+        }
+        parts = {"reward": np.where(first, reward, 0).astype(np.float32), "first": first}
+        if self.flagged is not None:
+            parts["flagged"] = self.flagged[np.maximum(item, 0)] & first
+        return item, parts, found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RolloutFiles:
+    """Every so many steps a Parquet file of all that was drawn, to be looked through."""
+
+    folder: pathlib.Path
+    every: int
+    run: Run
+
+    def __call__(self, step: int, batch: PolicyBatch, drawn, item, parts) -> None:
+        """One row an item drawn: step, user_id, position, place in the group, semantic_id, logp
+        (summed over codes), item_id (null: none has the ID), reward, and whether it counts."""
+        if not self.every or step % self.every:
+            return
+        users, group = item.shape
+        ids, names = self.run.dataset.items["item_id"], self.run.dataset.users["user_id"]
+        legal = item.ravel() >= 0
+        rows = pl.Series(np.repeat(np.asarray(batch.user), group))
+        frame = pl.DataFrame(
+            {
+                "step": np.full(item.size, step),
+                "user_id": names.gather(rows),
+                "position": np.repeat(np.asarray(batch.position), group),
+                "place": np.tile(np.arange(group), users),
+                "semantic_id": drawn.sid.reshape(item.size, -1).tolist(),
+                "logp": drawn.logp.sum(-1).ravel(),
+                "item_id": ids.gather(pl.Series(np.maximum(item.ravel(), 0))),
+                "reward": parts["reward"].ravel(),
+                "counts": parts["first"].ravel(),
+            }
+        ).filter(drawn.alive.ravel())
+        known = pl.Series(legal[drawn.alive.ravel()])
+        frame = frame.with_columns(
+            pl.when(known).then(pl.col("item_id")),
+            pl.when(pl.col("counts")).then(pl.col("reward")),
+        )
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"step-{step:07}.parquet"
+        tmp = path.with_name(f".{path.name}.tmp")
+        frame.write_parquet(tmp)
+        os.replace(tmp, path)
+
+
+class PolicyTrainer:
+    """What `training.loop.fit` turns: draw, judge, update.
+
+    Draws are a function of (seed, step, user), so that a resumed run draws what it had drawn.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        start: Callable[[dict], TrainState],
+        run: Run,
+        rewarder: Rewarder,
+        cfg: RolloutConfig,
+        *,
+        seed: int,
+        record: Callable[..., None],
+    ):
+        """`start` loads the variables to begin from, given abstract ones; `record` as
+        `RolloutFiles`."""
+        self.mesh, self.abstract_state = trainer.mesh, trainer.abstract_state
+        self.rewarder, self.record, self._start = rewarder, record, start
+        self._update, self._init = trainer.step, trainer.init_from
+        model = run.model()
+        trie = build_trie(run.ids.leaf_sids, run.ids.codebook_size) if cfg.masked else None
+
+        def draw(step, variables, batch: Batch, user):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 2)
+            keys = jax.vmap(lambda user: jax.random.fold_in(key, user))(user)
+            return rollout(model, variables, batch, keys, cfg=cfg, trie=trie)
+
+        self._draw = jax.jit(on_mesh(draw, self.mesh))
+
+    def init(self, seed: int) -> TrainState:
+        """The pretrained policy, its own sampler, with an optimizer that has seen nothing."""
+        del seed
+        return self._init(self._start(self.abstract_state.variables))
+
+    def step(self, state: TrainState, batch: PolicyBatch) -> tuple[TrainState, dict]:
+        """As `policy_step`, with the metrics of `Rewarder`."""
+        drawn_here = self._draw(state.step, state.sampler, batch.rl, batch.user)
+        drawn, user, position, step = jax.device_get(
+            (drawn_here, batch.user, batch.position, state.step)
+        )
+        item, parts, found = self.rewarder(user, position, drawn)
+        self.record(int(step) + 1, batch, drawn, item, parts)
+        batch = batch.replace(
+            sid=drawn_here.sid,
+            logp=drawn_here.logp,
+            alive=drawn_here.alive,
+            **put_batch(parts, self.mesh),
+        )
+        state, metrics = self._update(state, batch)
+        return state, metrics | found
