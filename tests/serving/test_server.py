@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import importlib
 import socket
 import sys
@@ -318,7 +319,7 @@ def wait_for(condition, seconds=60):
 
 
 def test_overload_is_told_and_passes(served):
-    config = ServiceConfig(**{**vars(SMALL), "max_queue": 5, "users": (1,), "timeout_s": 2.0})
+    config = ServiceConfig(**{**vars(SMALL), "max_queue": 5, "users": (1,)})
     with (
         serving_world.running(served, config) as server,
         concurrent.futures.ThreadPoolExecutor(9) as pool,
@@ -339,10 +340,11 @@ def test_overload_is_told_and_passes(served):
         assert recommend(server, user_id=6, n=2).status_code == 200
 
         gate.opened.clear()  # the model hangs: who waits is told so, and taken from the queue
-        gate.held.clear()
+        server.service.config = dataclasses.replace(config, timeout_s=0.5)
         late = [pool.submit(recommend, server, user_id=i, n=2) for i in range(2)]
         for future in late:
             refused(future.result(60), 503, "try again in 1 s")
+        server.service.config = config
         gate.opened.set()
         wait_for(lambda: len(server.service.batcher) == 0)
         assert recommend(server, user_id=6, n=2).status_code == 200
