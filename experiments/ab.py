@@ -13,7 +13,6 @@ before the latter two gives them a short name.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -30,32 +29,17 @@ from onerec_jax.data.batches import BatchBuilder
 from onerec_jax.data.examples import Examples
 from onerec_jax.data.features import action_log
 from onerec_jax.data.schema import Dataset
-from onerec_jax.data.world.constants import DAY_S
-from onerec_jax.data.world.loop import Log, Loop, Policy, Request
+from onerec_jax.data.world.loop import Log, Policy, Request
 from onerec_jax.data.world.policy import LoggingPolicy
 from onerec_jax.data.world.response import World, satisfaction
 from onerec_jax.errors import InputError, require_at_least
-from onerec_jax.evaluation.ranking import paired_difference
+from onerec_jax.evaluation.closed_loop import METRICS, compare, play
 from onerec_jax.files import write_text
 from onerec_jax.generation.generator import compute_copy, drop_seen, expand_leaves
 from onerec_jax.generation.selection import select
 from onerec_jax.reward_run import RewardRun, open_reward
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh, put_batch
-
-METRICS = {
-    "watch_s": "watch time, s",
-    "views": "exposures",
-    "long_view": "long views",
-    "like": "likes",
-    "follow": "follows",
-    "comment": "comments",
-    "forward": "forwards",
-    "hate": "dislikes",
-    "flagged": "share of flagged",
-    "return": "P(return in 7 days)",
-}
-"""Sums over a user's exposures; the last two are means over exposures and over sessions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,65 +213,6 @@ def make_policies(config: AbConfig) -> tuple[dict[str, Policy], World, Dataset]:
     return policies, world, base.dataset
 
 
-def play(policy: Policy, world: World, dataset: Dataset, config: AbConfig, flagged) -> dict:
-    """Each user's days under a policy: METRICS, float64 `[U]`."""
-    log = Log.from_dataset(dataset, config.room)
-    before = log.length.copy()
-    horizon = np.zeros(len(before))
-
-    def within_days(users, log, request):
-        late = users[request.time_s >= horizon[users]]
-        log.room[late] = log.length[late] + 1  # one exposure more, which is not counted
-        return policy(users, log, request)
-
-    loop = Loop(world, within_days, log=log)
-    horizon[:] = loop.clock_s + config.days * DAY_S
-    loop.run()
-    table = log.table()
-    user = table["user"]
-    place = np.arange(len(user)) - (np.cumsum(log.length) - log.length)[user]
-    counted = (place >= before[user]) & (table["time_s"] < horizon[user])
-    user, table = user[counted], {k: v[counted] for k, v in table.items()}
-    total = functools.partial(np.bincount, user, minlength=len(before))
-    found = {"watch_s": total(table["playtime_s"]), "views": total().astype(float)}
-    for name in ("long_view", "like", "follow", "comment", "forward", "hate"):
-        found[name] = total(table[name])
-    with np.errstate(invalid="ignore"):  # a user without an exposure has neither
-        found["flagged"] = total(flagged[table["item"]]) / found["views"]
-    found["return"] = returns(world, user, table, len(before))
-    return found
-
-
-def returns(world: World, user, table, num_users: int) -> np.ndarray:
-    """Mean over a user's sessions of the probability to be back within 7 days, float64 `[U]`."""
-    begins = np.ones(len(user), bool)
-    begins[1:] = (np.diff(user) != 0) | (np.diff(table["session"]) != 0)
-    session = np.cumsum(begins) - 1
-    liked = sum(table[k].astype(float) for k in ("like", "comment", "forward", "follow"))
-    worth = table["long_view"] + liked - 3.0 * table["hate"]  # as `response.satisfaction`
-    who = user[begins]
-    p = world.return_within_7_days(who, np.bincount(session, worth) / np.bincount(session))
-    with np.errstate(invalid="ignore"):
-        return np.bincount(who, p, num_users) / np.bincount(who, minlength=num_users)
-
-
-def compare(values: dict[str, dict], resamples: int) -> dict:
-    """Every arm against the first: mean, difference and its 95% interval over users."""
-    (_, base), *_ = values.items()
-    result = {}
-    for name, arm in values.items():
-        result[name] = {}
-        for metric in METRICS:
-            both = np.isfinite(arm[metric]) & np.isfinite(base[metric])
-            ours, theirs = arm[metric][both], base[metric][both]
-            result[name][metric] = {
-                "mean": float(ours.mean()),
-                "base": float(theirs.mean()),
-                **paired_difference(ours, theirs, 0, resamples),
-            }
-    return result
-
-
 def show(result: dict) -> None:
     """One table: means of the base, and what each other arm changes in per cent."""
     (base, first), *others = result.items()
@@ -312,7 +237,9 @@ def main(config: AbConfig) -> None:
     values = {}
     for name, policy in policies.items():
         start = time.perf_counter()
-        values[name] = play(policy, world, dataset, config, flagged)
+        values[name] = play(
+            policy, world, dataset, days=config.days, room=config.room, flagged=flagged
+        )
         seconds = time.perf_counter() - start
         print(f"{name}: {values[name]['views'].sum():,.0f} exposures, {seconds:.0f} s")
     result = compare(values, config.resamples)

@@ -202,6 +202,11 @@ class Generator:
         ]
         return np.concatenate(parts)
 
+    def legal_share(self, variables, builder, examples) -> np.ndarray:
+        """Share of IDs that exist among each user's beams without the trie, float64 `[U]`."""
+        beams = self.beams(variables, builder, examples, masked=False)
+        return np.concatenate([(self.ids.find(found.sid) >= 0).mean(1) for found in beams])
+
     def legality(self, variables, builder, examples) -> float:
         """Share of IDs that exist among all that the model generates without the trie."""
         legal = total = 0

@@ -14,9 +14,8 @@ from onerec_jax.data.features import build_feature_spec
 from onerec_jax.data.schema import load_dataset, save_dataset
 from onerec_jax.data.sources.world import read_world
 from onerec_jax.data.splits import make_split
-from onerec_jax.data.world.constants import DAY_S, WorldConfig
+from onerec_jax.data.world.constants import WorldConfig
 from onerec_jax.data.world.loop import Log
-from onerec_jax.data.world.policy import LoggingPolicy
 from onerec_jax.data.world.response import World
 from onerec_jax.errors import InputError
 from onerec_jax.inputs import PositiveRule
@@ -70,38 +69,6 @@ def test_the_log_goes_on_from_where_it_ended(platform):
     np.testing.assert_array_equal(now.offsets, dataset.offsets)
     for name in ("item_row", "user_row", "position", "time_s", "playtime_s", "like", "session"):
         np.testing.assert_array_equal(now.column(name), dataset.column(name))
-
-
-def test_the_days_of_each_user_and_no_more(platform):
-    world, dataset, _ = platform
-    asked, logging = [], LoggingPolicy(world)
-
-    def watched(users, log, request):
-        asked.extend(zip(users.tolist(), request.time_s.tolist(), strict=True))
-        return logging(users, log, request)
-
-    flagged = np.arange(ITEMS) % 2 * 1.0
-    found = ab.play(watched, world, dataset, CONFIG, flagged)
-    assert set(found) == set(ab.METRICS)
-    assert 0 < found["views"].max() <= CONFIG.room
-    first = {user: at for user, at in reversed(asked)}
-    late = [user for user, at in asked if at >= first[user] + 3 * DAY_S]
-    assert len(late) == len(set(late))  # one request past the end closes a user's days
-    again = ab.play(LoggingPolicy(world), world, dataset, CONFIG, flagged)
-    for name, values in found.items():
-        np.testing.assert_array_equal(again[name], values)
-
-
-def test_returns_by_loops(platform):
-    world, _, _ = platform
-    user = np.array([0, 0, 0, 2, 2])
-    table = {"session": np.array([4, 4, 5, 5, 5]), "long_view": np.array([1, 0, 1, 0, 1])}
-    table |= {name: np.zeros(5, int) for name in ("comment", "forward", "follow")}
-    table |= {"like": np.array([1, 0, 0, 0, 0]), "hate": np.array([0, 0, 0, 1, 0])}
-    found = ab.returns(world, user, table, 3)
-    sessions = world.return_within_7_days(np.array([0, 0, 2]), np.array([1.0, 1.0, -1.0]))
-    np.testing.assert_allclose(found[[0, 2]], [sessions[:2].mean(), sessions[2]])
-    assert np.isnan(found[1])
 
 
 def test_missing_places_hold_popular_items():
