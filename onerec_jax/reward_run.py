@@ -166,7 +166,12 @@ class RewardRun(Run):
         builder = self.builder
         if log is not None:
             builder = RewardBatchBuilder(log, builder.items, self.model_config, self.known_item)
-        return Scorer(self.model(), self.load_best(), builder, self.objectives, self.fusion, users)
+        variables = self.load_best()
+        fusions, kept = variables["params"]["fusion"], self.fusion
+        fusion = jax.tree.map(lambda x: x[kept : kept + 1], fusions)
+        variables = {**variables, "params": {**variables["params"], "fusion": fusion}}
+        model = self.model().clone(fusions=1)
+        return Scorer(model, variables, builder, self.objectives, users)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,10 +183,10 @@ class Scorer:
     """
 
     model: PScore
+    """With the one fusion that is read."""
     variables: dict
     builder: RewardBatchBuilder
     objectives: tuple[str, ...]
-    fusion: int
     users: int
 
     def __call__(
@@ -225,9 +230,8 @@ class Scorer:
     def _apply(self):
         @jax.jit
         def score(variables, batch):
-            tower_bmo, p_bmn = self.model.apply(variables, batch)
-            p = p_bmn[..., self.fusion, None]
-            return jax.nn.sigmoid(jax.numpy.concatenate([p, tower_bmo], axis=-1))
+            tower_bmo, p_bm1 = self.model.apply(variables, batch)
+            return jax.nn.sigmoid(jax.numpy.concatenate([p_bm1, tower_bmo], axis=-1))
 
         return score
 

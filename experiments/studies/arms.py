@@ -1,4 +1,4 @@
-"""What studies share: many runs side by side, and tables of what came of them.
+"""What studies share: many runs side by side.
 
 An arm is one setting under study. Every arm runs once a seed; the same seed means the same data
 order and, where the arms allow it, the same initial parameters.
@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from experiments import pretrain
@@ -132,11 +132,3 @@ def _run(place: Place, function, arguments, log) -> None:
         except BaseException:
             traceback.print_exc()
             raise
-
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, the first column to the left."""
-    header = list(header)
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"

@@ -22,7 +22,6 @@ import rich.table
 from experiments import pretrain
 from experiments.evaluate import seen_items
 from experiments.studies.arms import (
-    markdown_table,
     run_tasks,
     trained,
     world_data,
@@ -38,6 +37,7 @@ from onerec_jax.data.world.response import World
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.lists import expected_of_lists
 from onerec_jax.evaluation.paired import paired_over_seeds
+from onerec_jax.evaluation.report import markdown_table
 from onerec_jax.files import write_text
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh

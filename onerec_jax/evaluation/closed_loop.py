@@ -4,21 +4,23 @@ A policy goes on from a log for so many days of each user: what it shows is watc
 was watched is the history of its next request. Feedback is drawn with noise that belongs to (user,
 item, time), so that policies differ by what they show, and users can be paired.
 
-Axes: U users, n exposures.
+Axes: U users, n exposures, S seeds.
 """
 
 import functools
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from onerec_jax.data.schema import Dataset
 from onerec_jax.data.world.constants import DAY_S
-from onerec_jax.data.world.loop import Log, Loop, Policy
+from onerec_jax.data.world.loop import Log, Loop, Policy, Request
 from onerec_jax.data.world.response import World, satisfaction
-from onerec_jax.evaluation.ranking import paired_difference
+from onerec_jax.evaluation.paired import paired_over_seeds
 
 METRICS = {
+    "stay_s": "app stay time, s",
     "watch_s": "watch time, s",
     "views": "exposures",
     "long_view": "long views",
@@ -34,7 +36,14 @@ METRICS = {
 
 
 def play(
-    policy: Policy, world: World, dataset: Dataset, *, days: float, room: int, flagged: np.ndarray
+    policy: Policy,
+    world: World,
+    dataset: Dataset,
+    *,
+    days: float,
+    room: int,
+    flagged: np.ndarray,
+    say: Callable[[float, int], None] = lambda share, exposures: None,
 ) -> dict[str, np.ndarray]:
     """Lets a policy go on from a world's log, and measures what comes of it.
 
@@ -43,6 +52,7 @@ def play(
       days: of each user, from the first request after the log's end on.
       room: most exposures of a user.
       flagged: float `[I]`, 1 for an item that is flagged.
+      say: told at every request what share of the users' days is over, and of the exposures so far.
 
     Returns:
       METRICS, float64 `[U]`.
@@ -54,26 +64,16 @@ def play(
     def within_days(users, log, request):
         late = users[request.time_s >= horizon[users]]
         log.room[late] = log.length[late] + 1  # one exposure more, which is not counted
+        left = np.where(log.length < log.room, (horizon - loop.clock_s) / (days * DAY_S), 0)
+        say(1 - float(np.clip(left, 0, 1).mean()), int((log.length - before).sum()))
         return policy(users, log, request)
 
     loop = Loop(world, within_days, log=log)
     horizon[:] = loop.clock_s + days * DAY_S
     loop.run()
-    return measure(exposures_within(log, before, horizon), world, flagged)
-
-
-def exposures_within(log: Log, before: np.ndarray, horizon: np.ndarray) -> dict[str, np.ndarray]:
-    """`user` and all columns of a log, `[n]`, from a place of each user on to a time of each.
-
-    Args:
-      before: int `[U]`, exposures to leave out.
-      horizon: float `[U]`, Unix time.
-    """
-    table = log.table()
-    user = table["user"]
-    place = np.arange(len(user)) - (np.cumsum(log.length) - log.length)[user]
-    counted = (place >= before[user]) & (table["time_s"] < horizon[user])
-    return {name: values[counted] for name, values in table.items()}
+    table = log.table(before)
+    counted = table["time_s"] < horizon[table["user"]]
+    return measure({name: x[counted] for name, x in table.items()}, world, flagged)
 
 
 def measure(
@@ -86,7 +86,8 @@ def measure(
       flagged: float `[I]`.
     """
     total = functools.partial(np.bincount, table["user"], minlength=world.config.users)
-    found = {"watch_s": total(table["playtime_s"]), "views": total().astype(float)}
+    found = {"stay_s": app_stay(table, world.config.users)}
+    found |= {"watch_s": total(table["playtime_s"]), "views": total().astype(float)}
     for name in ("long_view", "like", "follow", "comment", "forward", "hate"):
         found[name] = total(table[name])
     with np.errstate(invalid="ignore"):  # a user without an exposure has neither
@@ -95,35 +96,119 @@ def measure(
     return found
 
 
+def app_stay(table: Mapping[str, np.ndarray], num_users: int) -> np.ndarray:
+    """Seconds that a user spends in the app, summed over sessions, float64 `[U]`.
+
+    A session lasts from its first request, at which its first item starts, to the end of its last
+    play. Worlds know no pause within it but the swipe: the next item starts a second after the last
+    one ended, on the next whole second. So stay exceeds watch time by 1 to 2 s for every exposure
+    but a session's last, and what one policy gains in it over another is watch time and swipes.
+    """
+    begins = session_begins(table)
+    ends = np.append(begins[1:], True)[: len(begins)]
+    last = table["time_s"][ends] + table["playtime_s"][ends].astype(float)
+    user = table["user"][begins]
+    return np.bincount(user, last - table["time_s"][begins], num_users)
+
+
+def session_begins(table: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which exposures are the first of a session, bool `[n]`."""
+    begins = np.ones(len(table["user"]), bool)
+    begins[1:] = (np.diff(table["user"]) != 0) | (np.diff(table["session"]) != 0)
+    return begins
+
+
 def returns(table: Mapping[str, np.ndarray], world: World) -> np.ndarray:
     """Mean over a user's sessions of the probability to be back within 7 days, float64 `[U]`."""
-    user, users = table["user"], world.config.users
-    begins = np.ones(len(user), bool)
-    begins[1:] = (np.diff(user) != 0) | (np.diff(table["session"]) != 0)
-    session = np.cumsum(begins) - 1
+    begins = session_begins(table)
+    user, session, users = table["user"][begins], np.cumsum(begins) - 1, world.config.users
     content = np.bincount(session, satisfaction(table)) / np.bincount(session)
-    p = world.return_within_7_days(user[begins], content)
+    p = world.return_within_7_days(user, content)
     with np.errstate(invalid="ignore"):
-        return np.bincount(user[begins], p, users) / np.bincount(user[begins], minlength=users)
+        return np.bincount(user, p, users) / np.bincount(user, minlength=users)
+
+
+class Metered:
+    """A policy and what it costs: time inside it, and the FLOPs that it counts itself.
+
+    What is asked first is asked twice, and once more for one user alone, before the clock runs:
+    compiling does not count. A policy that counts has `flops`, a dict of totals by part, and
+    `scored`, how many items it has ranked.
+    """
+
+    def __init__(self, policy: Policy):
+        self.policy, self.requests, self.seconds = policy, 0, 0.0
+
+    def __call__(self, users: np.ndarray, log: Log, request: Request):
+        """As the policy."""
+        if not self.requests:
+            one = Request(*(x[:1] for x in request[:3]), request.day)
+            self.policy(users, log, request), self.policy(users[:1], log, one)
+            self._before = self._counted()
+        begin = time.perf_counter()
+        slate = self.policy(users, log, request)
+        self.seconds += time.perf_counter() - begin
+        self.requests += len(users)
+        return slate
+
+    def _counted(self) -> dict[str, float]:
+        policy = self.policy
+        return {"scored": getattr(policy, "scored", 0), **getattr(policy, "flops", {})}
+
+    @property
+    def cost(self) -> dict:
+        """Of a request, on average: `seconds`, `scored` items, and `flops` by part.
+
+        `flops` is None for a policy that does not count.
+        """
+        per = {k: (v - self._before.get(k, 0)) / self.requests for k, v in self._counted().items()}
+        scored = per.pop("scored")
+        return {
+            "requests": self.requests,
+            "seconds": self.seconds / self.requests,
+            "scored": scored,
+            "flops": per if hasattr(self.policy, "flops") else None,
+        }
+
+
+def mean_cost(costs: Sequence[Mapping]) -> dict:
+    """`Metered.cost` of several seeds as one, over the requests of all."""
+    requests = sum(cost["requests"] for cost in costs)
+
+    def mean(values):
+        shares = (cost["requests"] / requests for cost in costs)
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
+    flops = [cost["flops"] for cost in costs]
+    counted = None not in flops
+    return {
+        "requests": requests,
+        "seconds": mean([cost["seconds"] for cost in costs]),
+        "scored": mean([cost["scored"] for cost in costs]),
+        "flops": {k: mean([part[k] for part in flops]) for k in flops[0]} if counted else None,
+    }
 
 
 def compare(values: Mapping[str, Mapping[str, np.ndarray]], resamples: int = 2000) -> dict:
-    """Every arm against the first: mean, difference and its 95% interval over users.
+    """Every arm against the first, paired by user and seed; see `paired_over_seeds`.
 
     Args:
-      values: arm -> METRICS, float `[U]`.
-      resamples: bootstrap samples of the users.
+      values: arm -> METRICS, float `[S, U]`, or `[U]`; an arm of one seed stands beside every seed
+        of the others.
+      resamples: bootstrap samples of users and seeds.
+
+    Returns:
+      arm -> metric -> `mean`, `base` (the first arm's mean over the same users), `difference`,
+      `ci95`, `by_seed`, `agrees`.
     """
     (_, base), *_ = values.items()
     result = {}
     for name, arm in values.items():
         result[name] = {}
         for metric in METRICS:
-            both = np.isfinite(arm[metric]) & np.isfinite(base[metric])
-            ours, theirs = arm[metric][both], base[metric][both]
-            result[name][metric] = {
-                "mean": float(ours.mean()),
-                "base": float(theirs.mean()),
-                **paired_difference(ours, theirs, 0, resamples),
-            }
+            ours, theirs = np.broadcast_arrays(*map(np.atleast_2d, (arm[metric], base[metric])))
+            neither = ~np.isfinite(ours - theirs)
+            ours, theirs = (np.where(neither, np.nan, x) for x in (ours, theirs))
+            found = paired_over_seeds(ours, theirs, resamples=resamples)
+            result[name][metric] = {"mean": found.pop("a"), "base": found.pop("b"), **found}
     return result

@@ -6,10 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments.studies.arms import markdown_table, run_tasks
+from experiments.studies.arms import run_tasks
 from experiments.studies.pathways import ARMS, METRICS, StudyConfig, compare
 from experiments.studies.pathways import tables as pathway_tables
 from onerec_jax.errors import InputError
+from onerec_jax.evaluation.report import markdown_table
 
 
 def test_tasks_run_in_processes_of_their_own(tmp_path):

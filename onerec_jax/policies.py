@@ -1,0 +1,185 @@
+"""What an A/B test plays: a run's beams, a reward's choice among them, a cascade, an oracle.
+
+Each is a `Policy` of a world's loop: (users, log, request) -> item rows. Those that could be served
+count their FLOPs (docs/posttrain.md).
+
+Axes: B users of a request, n places of a list.
+"""
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+
+from onerec_jax.data.examples import Examples
+from onerec_jax.data.world.growing import GrowingActions
+from onerec_jax.data.world.loop import Log, Policy, Request
+from onerec_jax.data.world.response import World, satisfaction
+from onerec_jax.evaluation.cascade import SwingRecall, unlisted
+from onerec_jax.generation.generator import compute_copy, drop_seen, expand_leaves
+from onerec_jax.generation.selection import select
+from onerec_jax.reward_run import RewardRun
+from onerec_jax.run import Run
+from onerec_jax.sharding import make_mesh, put_batch
+from onerec_jax.training.flops import generation_flops
+from onerec_jax.training.reward_flops import score_flops
+
+
+class RunPolicy:
+    """The first items of a run's beams. Nothing is shown twice."""
+
+    def __init__(self, run: Run, *, list_length: int, beam_width: int, batch_size: int):
+        """`batch_size`: users at once."""
+        self.run, self.list_length, self.beam_width = run, list_length, beam_width
+        self.generator = run.generator(
+            make_mesh(data=1), beam_width=beam_width, batch_size=batch_size
+        )
+        self.variables = compute_copy(run.model(), run.load_best())
+        self.actions = GrowingActions(run.dataset, run.spec)
+        self.flops: collections.Counter = collections.Counter()
+
+    def __call__(self, users: np.ndarray, log: Log, request: Request) -> np.ndarray:
+        seen = [log.history(user)["item"] for user in users]
+        longest = self.list_length + max(len(items) for items in seen)
+        lists = drop_seen(self.items(users, log, request, longest), seen, self.list_length)
+        return filled(lists, seen, self.run.popular)
+
+    def items(self, users: np.ndarray, log: Log, request: Request, n: int) -> np.ndarray:
+        """Items of the best beams, int32 `[B, n]`, -1 where there are fewer."""
+        builder = self.run.builder.over(self.actions(log))
+        position, size, leaves = log.length[users], self.generator.batch_size, []
+        for start in range(0, len(users), size):
+            index = np.arange(start, min(start + size, len(users)))
+            full = np.resize(index, size)  # of one shape, whoever is asked
+            batch = builder(users[full], position[full], request.time_s[full])
+            found = self.generator.search(
+                self.variables, put_batch(batch, self.generator.mesh), trie=self.generator.trie
+            )
+            leaves.append(np.asarray(found.leaf)[: len(index)])
+            self._count(batch, len(index))
+        return expand_leaves(
+            np.concatenate(leaves), self.generator.offsets, self.generator.items, n
+        )
+
+    def _count(self, batch, users: int) -> None:
+        names = ("short", "positive", "lifelong")
+        lengths = {name: getattr(batch, name).length[:users] for name in names}
+        run = self.run
+        parts = generation_flops(run.model_config, run.spec, self.beam_width, lengths)
+        self.flops["generation"] += int(sum(part.sum() for part in parts.values()))
+
+
+class Ranker:
+    """The best of some candidates by the preference score of a reward run."""
+
+    def __init__(self, reward: RewardRun, *, list_length: int, batch_size: int):
+        self.reward, self.list_length = reward, list_length
+        self.scorer = reward.scorer(users=batch_size)
+        self.actions = GrowingActions(reward.dataset, reward.spec)
+
+    def __call__(
+        self, lists: np.ndarray, users: np.ndarray, log: Log, request: Request, seen
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lists of unseen candidates, int32 `[B, n]`, and how many were scored of each, `[B]`.
+
+        Args:
+          lists: int32 `[B, m]`, -1 = none; of one m, for each compiles.
+          seen: item rows to leave out, one array a user.
+        """
+        scorer = self.scorer.over(self.actions(log))
+        examples = Examples(users.astype(np.int32), log.length[users].astype(np.int32))
+        lists = drop_seen(lists, seen, lists.shape[1])
+        chosen = select(
+            lists,
+            examples,
+            lambda who, items: scorer(who, items, request.time_s)["p"],
+            self.list_length,
+        )
+        return chosen, (lists >= 0).sum(1)
+
+    def flops(self, history: np.ndarray, items: np.ndarray) -> int:
+        """FLOPs of scoring so many items for users with so long histories, int `[B]` each."""
+        reward = self.reward
+        cfg = reward.model_config
+        parts = score_flops(
+            cfg,
+            reward.spec,
+            objectives=len(reward.objectives),
+            content=reward.ids.codebooks.shape[-1],
+            history=np.minimum(history, cfg.history_length),
+            items=items,
+        )
+        return int(sum(part.sum() for part in parts.values()))
+
+
+class SelectionPolicy:
+    """All items of a run's beams, of which a reward run chooses."""
+
+    def __init__(self, beams: RunPolicy, ranker: Ranker):
+        self.beams, self.ranker = beams, ranker
+        self.scored, self._flops = 0, collections.Counter()
+
+    def __call__(self, users: np.ndarray, log: Log, request: Request) -> np.ndarray:
+        seen = [log.history(user)["item"] for user in users]
+        lists = self.beams.items(users, log, request, 2 * self.beams.beam_width)
+        lists, scored = self.ranker(lists, users, log, request, seen)
+        self.scored += int(scored.sum())
+        self._flops["scoring"] += self.ranker.flops(log.length[users], scored)
+        return filled(lists, seen, self.beams.run.popular)
+
+    @property
+    def flops(self) -> collections.Counter:
+        return self.beams.flops + self._flops
+
+
+class CascadePolicy:
+    """Recall by Swing from what a user liked lately, ranked by a reward run."""
+
+    def __init__(self, recall: SwingRecall, ranker: Ranker, *, number: int, latest: int):
+        """Args:
+        number: items that recall hands to the ranking model.
+        latest: positive actions that recall starts from.
+        """
+        self.recall, self.ranker, self.number, self.latest = recall, ranker, number, latest
+        self.scored, self.flops = 0, collections.Counter()
+
+    def __call__(self, users: np.ndarray, log: Log, request: Request) -> np.ndarray:
+        seen = [log.history(user)["item"] for user in users]
+        actions = self.ranker.actions(log)
+        known, first = actions.positive_rows, actions.offsets[users]
+        ends = np.searchsorted(known, first + log.length[users])
+        begins = np.maximum(np.searchsorted(known, first), ends - self.latest)
+        liked = [actions.item[known[a:b]] for a, b in zip(begins, ends, strict=True)]
+        lists = self.recall(liked, seen, self.number)
+        lists, scored = self.ranker(lists, users, log, request, seen)
+        self.scored += int(scored.sum())
+        self.flops["recall"] += int(self.recall.flops(liked).sum())
+        self.flops["scoring"] += self.ranker.flops(log.length[users], scored)
+        return filled(lists, seen, self.recall.popular)
+
+
+def filled(lists: np.ndarray, seen: Sequence[np.ndarray], popular: np.ndarray) -> np.ndarray:
+    """Lists whose missing places hold popular items that are neither seen nor listed."""
+    lists = lists.copy()
+    for row, known in zip(lists, seen, strict=True):
+        missing = np.flatnonzero(row < 0)
+        if len(missing):
+            others = unlisted(popular, np.concatenate([known, row]), len(missing))
+            row[missing] = np.resize(others if len(others) else popular, len(missing))
+    return lists
+
+
+def oracle_policy(world: World, n: int) -> Policy:
+    """What satisfies most by the world's own expectation, of all items that were not seen."""
+    items = np.arange(world.config.items)
+
+    def policy(users, log, request):
+        lists = []
+        for i, user in enumerate(users):
+            situation = (request.session[i], request.slot[i], request.time_s[i])
+            worth = satisfaction(world.expected(user, items, *situation))
+            fresh = np.where(np.isin(items, log.history(user)["item"]), -np.inf, worth)
+            lists.append(np.argsort(-fresh, kind="stable")[:n])
+        return np.array(lists, np.int32)
+
+    return policy
