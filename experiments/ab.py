@@ -47,9 +47,11 @@ from onerec_jax.evaluation import ab_report
 from onerec_jax.evaluation.cascade import SwingRecall
 from onerec_jax.evaluation.closed_loop import METRICS, Metered, compare, mean_cost, play
 from onerec_jax.files import write_text
+from onerec_jax.generation.generator import Generator
 from onerec_jax.policies import CascadePolicy, Ranker, RunPolicy, SelectionPolicy, oracle_policy
 from onerec_jax.reward_run import RewardRun
 from onerec_jax.run import Run
+from onerec_jax.sharding import make_mesh
 
 WORDS = ("logging", "oracle", "swing")
 """Parts of an arm that are no folder."""
@@ -155,10 +157,13 @@ def _several(part: str, text: str) -> tuple[str, ...]:
 
 
 class Platform:
-    """Runs and reward runs by folder, each opened once, and the world whose log they share."""
+    """Runs by folder, each opened once, what compiles for them, and the world that they share."""
 
-    def __init__(self):
+    def __init__(self, config: AbConfig):
+        self.config = config
         self._opened: dict[tuple[type[Run], str], Run] = {}
+        self._beams: dict[str, RunPolicy] = {}
+        self._generators: dict[tuple, Generator] = {}
 
     def open(self, kind: type[Run], folder: str) -> Run:
         """Opens a run.
@@ -175,6 +180,29 @@ class Platform:
                 )
             self._opened[kind, folder] = run
         return self._opened[kind, folder]
+
+    def beams(self, folder: str) -> RunPolicy:
+        """The policy of a run; runs that differ in weights only share what is compiled."""
+        if folder not in self._beams:
+            run, config = self.open(Run, folder), self.config
+            alike = (run.model_config, run.spec, run.ids.fingerprint, run.tie_order.tobytes())
+            if alike not in self._generators:
+                self._generators[alike] = run.generator(
+                    make_mesh(data=1), beam_width=config.beam_width, batch_size=config.batch_size
+                )
+            self._beams[folder] = RunPolicy(
+                run, self._generators[alike], list_length=config.list_length
+            )
+        return self._beams[folder]
+
+    def ranker(self, folder: str) -> Ranker:
+        """Ranks by a reward run."""
+        config = self.config
+        return Ranker(
+            self.open(RewardRun, folder),
+            list_length=config.list_length,
+            batch_size=config.batch_size,
+        )
 
     @property
     def dataset(self) -> Dataset:
@@ -193,34 +221,25 @@ class Platform:
         return world
 
 
-def make_policy(parts: tuple[str, ...], config: AbConfig, platform: Platform) -> Policy:
+def make_policy(parts: tuple[str, ...], platform: Platform) -> Policy:
     """The policy of one arm under one seed.
 
     Raises:
       InputError: no such arm, or runs that do not fit.
     """
-    length, users = config.list_length, config.batch_size
-
-    def beams(run):
-        width = config.beam_width
-        return RunPolicy(run, list_length=length, beam_width=width, batch_size=users)
-
-    def ranker(reward):
-        return Ranker(reward, list_length=length, batch_size=users)
-
     match parts:
         case ("logging",):
             return LoggingPolicy(platform.world)
         case ("oracle",):
-            return oracle_policy(platform.world, length)
-        case ("swing", folder):
-            return cascade(ranker(platform.open(RewardRun, folder)), config)
-        case (folder,):
-            return beams(platform.open(Run, folder))
-        case (folder, judge):
-            run, reward = platform.open(Run, folder), platform.open(RewardRun, judge)
-            reward.check_items(run)
-            return SelectionPolicy(beams(run), ranker(reward))
+            return oracle_policy(platform.world, platform.config.list_length)
+        case ("swing", reward):
+            return cascade(platform.ranker(reward), platform.config)
+        case (run,):
+            return platform.beams(run)
+        case (run, reward):
+            beams, ranker = platform.beams(run), platform.ranker(reward)
+            ranker.reward.check_items(beams.run)
+            return SelectionPolicy(beams, ranker)
     raise InputError(
         f"{'+'.join(parts)}: an arm is logging, oracle, RUN, RUN+REWARD or swing+REWARD"
     )
@@ -243,11 +262,11 @@ def cascade(ranker: Ranker, config: AbConfig) -> CascadePolicy:
 
 def make_policies(config: AbConfig) -> tuple[dict[str, list[Policy]], World, Dataset]:
     """Every arm's policies, one a seed; the platform and the log that all go on from."""
-    arms, platform, made = parse_arms(config), Platform(), {}
+    arms, platform, made = parse_arms(config), Platform(config), {}
     # Runs come first: they say which platform is meant.
     for name in sorted(arms, key=lambda name: arms[name].parts[-1][0] in WORDS):
         arm = arms[name]
-        made[name] = [make_policy(arm.of(seed), config, platform) for seed in range(arm.seeds)]
+        made[name] = [make_policy(arm.of(seed), platform) for seed in range(arm.seeds)]
     return {name: made[name] for name in arms}, platform.world, platform.dataset
 
 

@@ -16,11 +16,11 @@ from onerec_jax.data.world.growing import GrowingActions
 from onerec_jax.data.world.loop import Log, Policy, Request
 from onerec_jax.data.world.response import World, satisfaction
 from onerec_jax.evaluation.cascade import SwingRecall, unlisted
-from onerec_jax.generation.generator import compute_copy, drop_seen, expand_leaves
+from onerec_jax.generation.generator import Generator, compute_copy, drop_seen, expand_leaves
 from onerec_jax.generation.selection import select
 from onerec_jax.reward_run import RewardRun
 from onerec_jax.run import Run
-from onerec_jax.sharding import make_mesh, put_batch
+from onerec_jax.sharding import put_batch
 from onerec_jax.training.flops import generation_flops
 from onerec_jax.training.reward_flops import score_flops
 
@@ -28,12 +28,9 @@ from onerec_jax.training.reward_flops import score_flops
 class RunPolicy:
     """The first items of a run's beams. Nothing is shown twice."""
 
-    def __init__(self, run: Run, *, list_length: int, beam_width: int, batch_size: int):
-        """`batch_size`: users at once."""
-        self.run, self.list_length, self.beam_width = run, list_length, beam_width
-        self.generator = run.generator(
-            make_mesh(data=1), beam_width=beam_width, batch_size=batch_size
-        )
+    def __init__(self, run: Run, generator: Generator, *, list_length: int):
+        """`generator`: of the run, or of another one that differs in weights only."""
+        self.run, self.generator, self.list_length = run, generator, list_length
         self.variables = compute_copy(run.model(), run.load_best())
         self.actions = GrowingActions(run.dataset, run.spec)
         self.flops: collections.Counter = collections.Counter()
@@ -65,7 +62,7 @@ class RunPolicy:
         names = ("short", "positive", "lifelong")
         lengths = {name: getattr(batch, name).length[:users] for name in names}
         run = self.run
-        parts = generation_flops(run.model_config, run.spec, self.beam_width, lengths)
+        parts = generation_flops(run.model_config, run.spec, self.generator.beam_width, lengths)
         self.flops["generation"] += int(sum(part.sum() for part in parts.values()))
 
 
@@ -121,7 +118,7 @@ class SelectionPolicy:
 
     def __call__(self, users: np.ndarray, log: Log, request: Request) -> np.ndarray:
         seen = [log.history(user)["item"] for user in users]
-        lists = self.beams.items(users, log, request, 2 * self.beams.beam_width)
+        lists = self.beams.items(users, log, request, 2 * self.beams.generator.beam_width)
         lists, scored = self.ranker(lists, users, log, request, seen)
         self.scored += int(scored.sum())
         self._flops["scoring"] += self.ranker.flops(log.length[users], scored)

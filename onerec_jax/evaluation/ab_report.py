@@ -30,9 +30,15 @@ def in_per_cent(row: Mapping) -> tuple[float, float, float]:
 
 
 def effect(row: Mapping) -> str:
-    """Change of a metric in words: per cent, 95% interval, ± where seeds disagree on the sign."""
+    """Change of a metric in words: per cent, 95% interval, ± where seeds disagree on the sign.
+
+    Nothing where the base's mean is 0.
+    """
+    if not row["base"]:
+        return ""
     change, low, high = in_per_cent(row)
-    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]" + ("" if row["agrees"] else " ±")
+    disagree = len(row["by_seed"]) > 1 and not row["agrees"]
+    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]" + (" ±" if disagree else "")
 
 
 def effect_rows(result: Mapping) -> tuple[list[str], list[list[str]]]:
