@@ -237,9 +237,8 @@ def make_policy(parts: tuple[str, ...], platform: Platform) -> Policy:
         case (run,):
             return platform.beams(run)
         case (run, reward):
-            beams, ranker = platform.beams(run), platform.ranker(reward)
-            ranker.reward.check_items(beams.run)
-            return SelectionPolicy(beams, ranker)
+            platform.open(RewardRun, reward).check_items(platform.open(Run, run))
+            return SelectionPolicy(platform.beams(run), platform.ranker(reward))
     raise InputError(
         f"{'+'.join(parts)}: an arm is logging, oracle, RUN, RUN+REWARD or swing+REWARD"
     )
@@ -284,7 +283,7 @@ def play_arm(name: str, policies: list[Policy], world, dataset, config: AbConfig
             def say(share, exposures, stage=stage):
                 progress(stage, round(1000 * share), 1000, exposures)
 
-            policy = Metered(policy)
+            policy = Metered(policy, config.batch_size)
             values.append(
                 play(
                     policy,

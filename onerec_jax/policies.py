@@ -24,6 +24,20 @@ from onerec_jax.sharding import put_batch
 from onerec_jax.training.flops import generation_flops
 from onerec_jax.training.reward_flops import score_flops
 
+FEW = 8
+"""Users of the smaller of the two programs of a model: most rounds of a loop ask a few users."""
+
+
+def batches(users: int, most: int):
+    """Parts of so many users, each with its rows filled up to one of two sizes.
+
+    Yields:
+      `(part, full)`: the users' numbers int `[b]`, and the same, repeated, `[FEW]` or `[most]`.
+    """
+    for start in range(0, users, most):
+        part = np.arange(start, min(start + most, users))
+        yield part, np.resize(part, FEW if len(part) <= FEW < most else most)
+
 
 class RunPolicy:
     """The first items of a run's beams. Nothing is shown twice."""
@@ -44,16 +58,14 @@ class RunPolicy:
     def items(self, users: np.ndarray, log: Log, request: Request, n: int) -> np.ndarray:
         """Items of the best beams, int32 `[B, n]`, -1 where there are fewer."""
         builder = self.run.builder.over(self.actions(log))
-        position, size, leaves = log.length[users], self.generator.batch_size, []
-        for start in range(0, len(users), size):
-            index = np.arange(start, min(start + size, len(users)))
-            full = np.resize(index, size)  # of one shape, whoever is asked
+        position, leaves = log.length[users], []
+        for part, full in batches(len(users), self.generator.batch_size):
             batch = builder(users[full], position[full], request.time_s[full])
             found = self.generator.search(
                 self.variables, put_batch(batch, self.generator.mesh), trie=self.generator.trie
             )
-            leaves.append(np.asarray(found.leaf)[: len(index)])
-            self._count(batch, len(index))
+            leaves.append(np.asarray(found.leaf)[: len(part)])
+            self._count(batch, len(part))
         return expand_leaves(
             np.concatenate(leaves), self.generator.offsets, self.generator.items, n
         )
@@ -83,7 +95,8 @@ class Ranker:
           lists: int32 `[B, m]`, -1 = none; of one m, for each compiles.
           seen: item rows to leave out, one array a user.
         """
-        scorer = self.scorer.over(self.actions(log))
+        few = FEW if len(users) <= FEW < self.scorer.users else self.scorer.users
+        scorer = self.scorer.over(self.actions(log), users=few)
         examples = Examples(users.astype(np.int32), log.length[users].astype(np.int32))
         lists = drop_seen(lists, seen, lists.shape[1])
         chosen = select(

@@ -218,11 +218,14 @@ class Scorer:
         found[item_rows < 0] = np.nan
         return {name: found[..., i] for i, name in enumerate(("p", *self.objectives))}
 
-    def over(self, log) -> "Scorer":
-        """The same over another `ActionLog` of the same users; nothing compiles anew."""
+    def over(self, log, *, users: int | None = None) -> "Scorer":
+        """The same over another `ActionLog` of the same users, so many at a time.
+
+        Nothing compiles anew but another number of users at a time, once.
+        """
         old = self.builder
         builder = RewardBatchBuilder(log, old.items, old.cfg, old.item_index > 0)
-        other = dataclasses.replace(self, builder=builder)
+        other = dataclasses.replace(self, builder=builder, users=users or self.users)
         other.__dict__["_apply"] = self._apply
         return other
 

@@ -131,19 +131,21 @@ def returns(table: Mapping[str, np.ndarray], world: World) -> np.ndarray:
 class Metered:
     """A policy and what it costs: time inside it, and the FLOPs that it counts itself.
 
-    What is asked first is asked twice, and once more for one user alone, before the clock runs:
-    compiling does not count. A policy that counts has `flops`, a dict of totals by part, and
-    `scored`, how many items it has ranked.
+    Compiling does not count: before the clock runs, the policy is asked for many users and for one.
+    A policy that counts has `flops`, a dict of totals by part, and `scored`, how many items it has
+    ranked.
     """
 
-    def __init__(self, policy: Policy):
-        self.policy, self.requests, self.seconds = policy, 0, 0.0
+    def __init__(self, policy: Policy, users: int):
+        """`users`: how many the policy's largest program takes."""
+        self.policy, self.users, self.requests, self.seconds = policy, users, 0, 0.0
 
     def __call__(self, users: np.ndarray, log: Log, request: Request):
         """As the policy."""
         if not self.requests:
-            one = Request(*(x[:1] for x in request[:3]), request.day)
-            self.policy(users, log, request), self.policy(users[:1], log, one)
+            for number in (max(self.users, len(users)), 1):
+                some = (np.resize(x, number) for x in request[:3])
+                self.policy(np.resize(users, number), log, Request(*some, request.day))
             self._before = self._counted()
         begin = time.perf_counter()
         slate = self.policy(users, log, request)

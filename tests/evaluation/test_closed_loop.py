@@ -102,15 +102,15 @@ class Counting:
 
 def test_what_comes_before_the_clock_costs_nothing():
     policy = Counting()
-    metered = Metered(policy)
+    metered = Metered(policy, 6)
     for users in (4, 2):
         some = np.arange(users)
         metered(some, None, Request(some, some, some, 0))
-    assert policy.asked == [4, 1, 4, 2]
+    assert policy.asked == [6, 1, 4, 2]
     cost = metered.cost
     assert cost.pop("seconds") > 0
     assert cost == {"requests": 6, "scored": 3.0, "flops": {"scoring": 10.0}}
-    free = Metered(lambda users, log, request: np.zeros((len(users), 1), int))
+    free = Metered(lambda users, log, request: np.zeros((len(users), 1), int), 1)
     free(some, None, Request(some, some, some, 0))
     assert free.cost["flops"] is None
 

@@ -95,6 +95,14 @@ def test_missing_places_hold_popular_items():
     np.testing.assert_array_equal(found, [[5, 2, 9], [0, 1, 2], [7, 5, 7]])
 
 
+def test_few_users_go_through_the_smaller_program():
+    parts = [(part.tolist(), len(full)) for part, full in policies.batches(25, 16)]
+    assert parts == [(list(range(16)), 16), (list(range(16, 25)), 16)]
+    ((part, full),) = policies.batches(3, 16)
+    assert full.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [len(full) for _, full in policies.batches(3, 4)] == [4]
+
+
 def test_all_arms_beside_the_oracle(platform, tmp_path, monkeypatch, capfd):
     """The oracle satisfies more than random weights; nothing is shown twice; files and costs."""
     _, folder = platform
