@@ -149,7 +149,7 @@ def _several(part: str, text: str) -> tuple[str, ...]:
     """A part under all its seeds: by commas, or by a pattern of folders, sorted."""
     found = []
     for piece in part.split(","):
-        matches = sorted(glob.glob(piece)) if glob.has_magic(piece) else [piece]
+        matches = sorted(glob.glob(piece)) if set(piece) & set("*?[") else [piece]
         if not matches or not piece:
             raise InputError(f"{text}: there is no folder {piece!r}")
         found += matches

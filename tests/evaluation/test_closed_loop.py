@@ -44,7 +44,19 @@ def test_the_days_of_each_user_and_no_more(platform):
     first = {user: at for user, at in reversed(asked)}
     late = [user for user, at in asked if at >= first[user] + 3 * DAY_S]
     assert len(late) == len(set(late))  # one request past the end closes a user's days
-    again = play(LoggingPolicy(world), world, dataset, days=3, room=30, flagged=flagged)
+    said = []
+    again = play(
+        Metered(LoggingPolicy(world), 40),  # which changes nothing
+        world,
+        dataset,
+        days=3,
+        room=30,
+        flagged=flagged,
+        say=lambda share, exposures: said.append((share, exposures)),
+    )
+    assert said[0] == (0, 0)
+    assert said == sorted(said)
+    assert 0.5 < said[-1][0] <= 1
     for name, values in found.items():
         np.testing.assert_array_equal(again[name], values)
 
