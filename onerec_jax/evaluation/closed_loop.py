@@ -175,19 +175,19 @@ class Metered:
 
 def mean_cost(costs: Sequence[Mapping]) -> dict:
     """`Metered.cost` of several seeds as one, over the requests of all."""
-    requests = sum(cost["requests"] for cost in costs)
+    requests = [cost["requests"] for cost in costs]
 
-    def mean(values):
-        shares = (cost["requests"] / requests for cost in costs)
-        return sum(share * value for share, value in zip(shares, values, strict=True))
+    def mean(values) -> float:
+        return float(np.average(values, weights=requests))
 
     flops = [cost["flops"] for cost in costs]
-    counted = None not in flops
+    parts = () if None in flops else dict.fromkeys(k for part in flops for k in part)
+    by_part = {k: mean([part.get(k, 0.0) for part in flops]) for k in parts}
     return {
-        "requests": requests,
+        "requests": sum(requests),
         "seconds": mean([cost["seconds"] for cost in costs]),
         "scored": mean([cost["scored"] for cost in costs]),
-        "flops": {k: mean([part[k] for part in flops]) for k in flops[0]} if counted else None,
+        "flops": None if None in flops else by_part,
     }
 
 
