@@ -127,11 +127,14 @@ class SelectionPolicy:
 
     def __init__(self, beams: RunPolicy, ranker: Ranker):
         self.beams, self.ranker = beams, ranker
+        width, items = beams.generator.beam_width, np.diff(beams.generator.offsets)
+        # The most that so many beams may hold, within limits: what is empty is scored, too.
+        self.slots = min(2 * width, int(np.sort(items)[-width:].sum()))
         self.scored, self._flops = 0, collections.Counter()
 
     def __call__(self, users: np.ndarray, log: Log, request: Request) -> np.ndarray:
         seen = [log.history(user)["item"] for user in users]
-        lists = self.beams.items(users, log, request, 2 * self.beams.generator.beam_width)
+        lists = self.beams.items(users, log, request, self.slots)
         lists, scored = self.ranker(lists, users, log, request, seen)
         self.scored += int(scored.sum())
         self._flops["scoring"] += self.ranker.flops(log.length[users], scored)
