@@ -5,57 +5,71 @@ loop: what it shows is watched or not, and what was watched is the history of it
 Feedback is drawn with noise that belongs to (user, item, time), so that arms differ by what they
 show.
 
-An arm is `logging` (the policy that made the log), `oracle` (the platform's own expectation, over
-all items), a run folder, or RUN+REWARD: the run's beams, of which a reward run chooses. `NAME=`
-before the latter two gives them a short name.
+An arm is one of these; `NAME=` before it gives it a short name.
 
-    python -m experiments.ab logging pre=runs/pre post=runs/post select=runs/pre+runs/reward oracle
+    logging         the policy that made the log
+    oracle          the platform's own expectation, over all items
+    RUN             a run's beams
+    RUN+REWARD      all items of its beams, of which a reward run chooses
+    swing+REWARD    a cascade: recall by Swing, ranked by a reward run
+
+RUN and REWARD are folders; several, by commas or a pattern, are the same arm under several seeds,
+paired with those of the other arms in their order.
+
+    python -m experiments.ab logging pre=runs/pre post=runs/post select=runs/pre+runs/reward \\
+        cascade=swing+runs/reward oracle
+    python -m experiments.ab pre='runs/pre-s*' post='runs/post-s*'
 """
 
 import dataclasses
 import functools
+import glob
 import json
 import pathlib
+import shlex
+import sys
 import time
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
-import polars as pl
 import rich.console
 import rich.table
 import tyro
 
 from onerec_jax import cli
-from onerec_jax.data.batches import BatchBuilder
-from onerec_jax.data.examples import Examples
-from onerec_jax.data.features import action_log
+from onerec_jax.data.progress import Progress
 from onerec_jax.data.schema import Dataset
-from onerec_jax.data.world.constants import DAY_S
-from onerec_jax.data.world.loop import Log, Loop, Policy, Request
+from onerec_jax.data.world.loop import Policy
 from onerec_jax.data.world.policy import LoggingPolicy
-from onerec_jax.data.world.response import World, satisfaction
+from onerec_jax.data.world.response import World
 from onerec_jax.errors import InputError, require_at_least
-from onerec_jax.evaluation.ranking import paired_difference
+from onerec_jax.evaluation import ab_report
+from onerec_jax.evaluation.cascade import SwingRecall
+from onerec_jax.evaluation.closed_loop import METRICS, Metered, compare, mean_cost, play
 from onerec_jax.files import write_text
-from onerec_jax.generation.generator import compute_copy, drop_seen, expand_leaves
-from onerec_jax.generation.selection import select
-from onerec_jax.reward_run import RewardRun, open_reward
+from onerec_jax.generation.generator import Generator
+from onerec_jax.policies import CascadePolicy, Ranker, RunPolicy, SelectionPolicy, oracle_policy
+from onerec_jax.reward_run import RewardRun
 from onerec_jax.run import Run
-from onerec_jax.sharding import make_mesh, put_batch
+from onerec_jax.sharding import make_mesh
 
-METRICS = {
-    "watch_s": "watch time, s",
-    "views": "exposures",
-    "long_view": "long views",
-    "like": "likes",
-    "follow": "follows",
-    "comment": "comments",
-    "forward": "forwards",
-    "hate": "dislikes",
-    "flagged": "share of flagged",
-    "return": "P(return in 7 days)",
-}
-"""Sums over a user's exposures; the last two are means over exposures and over sessions."""
+WORDS = ("logging", "oracle", "swing")
+"""Parts of an arm that are no folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CascadeConfig:
+    """Recall of the cascade."""
+
+    number: int = 0
+    """Items handed to the ranking model; 0: as many as the items of --beam-width beams are."""
+    latest: int = 50
+    """Positive actions of a user that recall starts from."""
+    neighbours: int = 100
+    """Swing neighbours kept of each item."""
+
+    def __post_init__(self):
+        require_at_least(self, "cascade.", number=0, latest=1, neighbours=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +77,8 @@ class AbConfig:
     """Compare policies on the platform that made a run's log; the first arm is the base."""
 
     arms: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """logging, oracle, [NAME=]RUN or [NAME=]RUN+REWARD; a run must be among them."""
+    """logging, oracle, RUN, RUN+REWARD or swing+REWARD, each with NAME= before it if you like; one
+    must name a run."""
     days: float = 7.0
     """Of each user, from the first request after the log's end on."""
     room: int = 300
@@ -71,12 +86,13 @@ class AbConfig:
     list_length: int = 10
     """Items of a slate."""
     beam_width: int = 64
+    cascade: CascadeConfig = CascadeConfig()
     batch_size: int = 64
     """Users at once."""
     resamples: int = 2000
-    """Bootstrap samples of the users."""
+    """Bootstrap samples of users and seeds."""
     out: pathlib.Path = pathlib.Path("runs/ab.json")
-    """JSON to write."""
+    """JSON to write; a report (.md) and a plot (.png) go beside it."""
 
     def __post_init__(self):
         require_at_least(
@@ -86,241 +102,247 @@ class AbConfig:
             raise InputError("give two arms or more: they are compared with the first")
 
 
-# ------------------------------------------------------------------------------------- policies
+# ----------------------------------------------------------------------------------------- arms
 
 
-def actions_of(log: Log, dataset: Dataset) -> Dataset:
-    """The data set with the log as it is now."""
-    table = log.table()
-    user = table.pop("user")
-    position = np.arange(len(user)) - (np.cumsum(log.length) - log.length)[user]
-    frame = pl.DataFrame(
-        {"user_row": user, "item_row": table.pop("item"), "position": position, **table}
-    )
-    return dataclasses.replace(dataset, interactions=frame)
+class Arm(NamedTuple):
+    """One arm: words or folders joined by +, each of one seed or of several."""
+
+    text: str
+    parts: tuple[tuple[str, ...], ...]
+
+    @property
+    def seeds(self) -> int:
+        return max(len(part) for part in self.parts)
+
+    def of(self, seed: int) -> tuple[str, ...]:
+        """The parts under one seed; a part of one seed goes with all of them."""
+        return tuple(part[seed if len(part) > 1 else 0] for part in self.parts)
 
 
-@dataclasses.dataclass(eq=False)
-class RunPolicy:
-    """The beams of a run; with a reward, their items by its score. Nothing is shown twice."""
+def parse_arms(config: AbConfig) -> dict[str, Arm]:
+    """Arms by name.
 
-    run: Run
-    config: AbConfig
-    reward: RewardRun | None = None
+    Raises:
+      InputError: no such arm, two of one name, seeds that cannot be paired, or no run at all.
+    """
+    arms = {}
+    for text in config.arms:
+        name, _, rest = text.rpartition("=")
+        name = name or text
+        if name in arms:
+            raise InputError(f"two arms are called {name}: put NAME= before one")
+        arms[name] = Arm(text, tuple(_several(part, text) for part in rest.split("+")))
+    numbers = {len(part): arm.text for arm in arms.values() for part in arm.parts if len(part) > 1}
+    if len(numbers) > 1:
+        few, many = sorted(numbers)[:2]
+        raise InputError(
+            f"{numbers[few]} has {few} seeds, {numbers[many]} {many}: they are paired, so give "
+            "every arm one or the same number"
+        )
+    if all(part[0] in WORDS for arm in arms.values() for part in arm.parts):
+        raise InputError("no arm is a run: one must say which platform and log are meant")
+    return arms
 
-    def __post_init__(self):
+
+def _several(part: str, text: str) -> tuple[str, ...]:
+    """A part under all its seeds: by commas, or by a pattern of folders, sorted."""
+    found = []
+    for piece in part.split(","):
+        matches = sorted(glob.glob(piece)) if set(piece) & set("*?[") else [piece]
+        if not matches or not piece:
+            raise InputError(f"{text}: there is no folder {piece!r}")
+        found += matches
+    return tuple(found)
+
+
+class Platform:
+    """Runs by folder, each opened once, what compiles for them, and the world that they share."""
+
+    def __init__(self, config: AbConfig):
+        self.config = config
+        self._opened: dict[tuple[type[Run], str], Run] = {}
+        self._beams: dict[str, RunPolicy] = {}
+        self._generators: dict[tuple, Generator] = {}
+
+    def open(self, kind: type[Run], folder: str) -> Run:
+        """Opens a run.
+
+        Raises:
+          InputError: none of that kind, or of another data set than the first.
+        """
+        if (kind, folder) not in self._opened:
+            run = kind.open(pathlib.Path(folder))
+            first = next(iter(self._opened.values()), run)
+            if run.dataset.fingerprint != first.dataset.fingerprint:
+                raise InputError(
+                    f"{folder} is of another data set than {first.folder}: compare within"
+                )
+            self._opened[kind, folder] = run
+        return self._opened[kind, folder]
+
+    def beams(self, folder: str) -> RunPolicy:
+        """The policy of a run; runs that differ in weights only share what is compiled."""
+        if folder not in self._beams:
+            run, config = self.open(Run, folder), self.config
+            alike = (run.model_config, run.spec, run.ids.fingerprint, run.tie_order.tobytes())
+            if alike not in self._generators:
+                self._generators[alike] = run.generator(
+                    make_mesh(data=1), beam_width=config.beam_width, batch_size=config.batch_size
+                )
+            self._beams[folder] = RunPolicy(
+                run, self._generators[alike], list_length=config.list_length
+            )
+        return self._beams[folder]
+
+    def ranker(self, folder: str) -> Ranker:
+        """Ranks by a reward run."""
         config = self.config
-        self.generator = self.run.generator(
-            make_mesh(data=1), beam_width=config.beam_width, batch_size=config.batch_size
+        return Ranker(
+            self.open(RewardRun, folder),
+            list_length=config.list_length,
+            batch_size=config.batch_size,
         )
-        self.variables = compute_copy(self.run.model(), self.run.load_best())
-        if self.reward is not None:
-            self.scorer = self.reward.scorer(users=config.batch_size)
 
-    def __call__(self, users: np.ndarray, log: Log, request: Request) -> np.ndarray:
-        run, config = self.run, self.config
-        now = actions_of(log, run.dataset)
-        builder = BatchBuilder(
-            action_log(now, run.spec), run.builder.items, run.model_config, run.builder.lives
-        )
-        position, n = log.length[users], config.list_length
-        leaves = []
-        for start in range(0, len(users), config.batch_size):
-            part = slice(start, start + config.batch_size)
-            leaves.append(self._leaves(builder, users[part], position[part], request.time_s[part]))
-        leaf = np.concatenate(leaves)
-        seen = [log.history(user)["item"] for user in users]
-        # Of one length, whatever the beams: the score compiles once.
-        longest = max(len(items) for items in seen) if self.reward is None else 0
-        lists = expand_leaves(
-            leaf, self.generator.offsets, self.generator.items, 2 * config.beam_width + longest
-        )
-        if self.reward is None:
-            lists = drop_seen(lists, seen, n)
-        else:
-            scorer = self.scorer.over(action_log(now, self.reward.spec))
-            examples = Examples(users.astype(np.int32), position.astype(np.int32))
-            lists = select(
-                lists, examples, lambda who, items: scorer(who, items, request.time_s)["p"], n,
-                seen=seen,
-            )  # fmt: skip
-        return filled(lists, seen, run.popular)
+    @property
+    def dataset(self) -> Dataset:
+        """Of the first run that was opened, as `world`."""
+        return next(iter(self._opened.values())).dataset
 
-    def _leaves(self, builder, users, position, time_s):
-        """Best beams of users, padded to one shape."""
-        size = self.config.batch_size
-        full = np.resize(np.arange(len(users)), size)
-        batch = builder(users[full], position[full], time_s[full])
-        found = self.generator.search(
-            self.variables, put_batch(batch, self.generator.mesh), trie=self.generator.trie
-        )
-        return np.asarray(found.leaf)[: len(users)]
+    @functools.cached_property
+    def world(self) -> World:
+        world = World.from_meta(self.dataset.meta)
+        size, found = world.config, (self.dataset.num_users, self.dataset.num_items)
+        if found != (size.users, size.items):
+            first = next(iter(self._opened.values()))
+            raise InputError(
+                f"{first.folder}: its data set has lost users or items of the platform"
+            )
+        return world
 
 
-def filled(lists: np.ndarray, seen, popular: np.ndarray) -> np.ndarray:
-    """Lists whose missing places hold popular items that are neither seen nor listed."""
-    lists = lists.copy()
-    for row, known in zip(lists, seen, strict=True):
-        missing = np.flatnonzero(row < 0)
-        if len(missing):
-            others = popular[~np.isin(popular, np.concatenate([known, row]))]
-            row[missing] = np.resize(others if len(others) else popular, len(missing))
-    return lists
+def make_policy(parts: tuple[str, ...], platform: Platform) -> Policy:
+    """The policy of one arm under one seed.
+
+    Raises:
+      InputError: no such arm, or runs that do not fit.
+    """
+    match parts:
+        case ("logging",):
+            return LoggingPolicy(platform.world)
+        case ("oracle",):
+            return oracle_policy(platform.world, platform.config.list_length)
+        case ("swing", reward):
+            return cascade(platform.ranker(reward), platform.config)
+        case (run,):
+            return platform.beams(run)
+        case (run, reward):
+            platform.open(RewardRun, reward).check_items(platform.open(Run, run))
+            return SelectionPolicy(platform.beams(run), platform.ranker(reward))
+    raise InputError(
+        f"{'+'.join(parts)}: an arm is logging, oracle, RUN, RUN+REWARD or swing+REWARD"
+    )
 
 
-def oracle_policy(world: World, n: int) -> Policy:
-    """What satisfies most by the world's own expectation, of all items that were not seen."""
-    items = np.arange(world.config.items)
+def cascade(ranker: Ranker, config: AbConfig) -> CascadePolicy:
+    """Recall from the log of the reward run that ranks."""
+    reward, cfg = ranker.reward, config.cascade
+    items = reward.dataset.num_items
+    recall = SwingRecall.fit(
+        reward.dataset,
+        reward.split,
+        reward.spec.positive,
+        reward.popular,
+        neighbours=cfg.neighbours,
+    )
+    number = cfg.number or round(config.beam_width * items / len(reward.ids.leaf_sids))
+    return CascadePolicy(recall, ranker, number=min(number, items), latest=cfg.latest)
 
-    def policy(users, log, request):
-        lists = []
-        for i, user in enumerate(users):
-            situation = (request.session[i], request.slot[i], request.time_s[i])
-            worth = satisfaction(world.expected(user, items, *situation))
-            fresh = np.where(np.isin(items, log.history(user)["item"]), -np.inf, worth)
-            lists.append(np.argsort(-fresh, kind="stable")[:n])
-        return np.array(lists, np.int32)
 
-    return policy
+def make_policies(config: AbConfig) -> tuple[dict[str, list[Policy]], World, Dataset]:
+    """Every arm's policies, one a seed; the platform and the log that all go on from."""
+    arms, platform, made = parse_arms(config), Platform(config), {}
+    # Runs come first: they say which platform is meant.
+    for name in sorted(arms, key=lambda name: arms[name].parts[-1][0] in WORDS):
+        arm = arms[name]
+        made[name] = [make_policy(arm.of(seed), platform) for seed in range(arm.seeds)]
+    return {name: made[name] for name in arms}, platform.world, platform.dataset
 
 
 # ----------------------------------------------------------------------------------------- test
 
 
-def parse_arms(config: AbConfig) -> dict[str, list[pathlib.Path]]:
-    """Folders by the arm's name; none for `logging` and `oracle`."""
-    arms = {}
-    for text in config.arms:
-        name, _, rest = text.rpartition("=")
-        folders = [] if text in ("logging", "oracle") else rest.split("+")
-        if len(folders) > 2:
-            raise InputError(f"{text}: an arm is RUN or RUN+REWARD")
-        name = name or text
-        if name in arms:
-            raise InputError(f"two arms are called {name}: put NAME= before one")
-        arms[name] = [pathlib.Path(folder) for folder in folders]
-    if not any(arms.values()):
-        raise InputError("no arm is a run: one must say which platform and log are meant")
-    return arms
+def play_arm(name: str, policies: list[Policy], world, dataset, config: AbConfig) -> tuple:
+    """METRICS of all seeds, float64 `[S, U]`, and the mean cost."""
+    flagged = dataset.items["viral_farm"].fill_null(0).to_numpy().astype(float)
+    values, costs = [], []
+    with Progress(rich.console.Console(soft_wrap=True)) as progress:
+        for seed, policy in enumerate(policies):
+            stage = f"{name}, {seed + 1} of {len(policies)}" if len(policies) > 1 else name
 
+            def say(share, exposures, stage=stage):
+                progress(stage, round(1000 * share), 1000, exposures)
 
-def make_policies(config: AbConfig) -> tuple[dict[str, Policy], World, Dataset]:
-    """Every arm's policy; the platform and the log that all go on from."""
-    arms = parse_arms(config)
-    runs = {folders[0]: Run.open(folders[0]) for folders in arms.values() if folders}
-    base = next(iter(runs.values()))
-    world = World.from_meta(base.dataset.meta)
-    if (base.dataset.num_users, base.dataset.num_items) != (world.config.users, world.config.items):
-        raise InputError(f"{base.folder}: its data set has lost users or items of the platform")
-    for folder, run in runs.items():
-        if run.dataset.fingerprint != base.dataset.fingerprint:
-            raise InputError(f"{folder} is of another data set than {base.folder}: compare within")
-    policies = {}
-    for name, folders in arms.items():
-        if not folders:
-            logging = name == "logging"
-            policies[name] = (
-                LoggingPolicy(world) if logging else oracle_policy(world, config.list_length)
+            policy = Metered(policy, config.batch_size)
+            values.append(
+                play(
+                    policy,
+                    world,
+                    dataset,
+                    days=config.days,
+                    room=config.room,
+                    flagged=flagged,
+                    say=say,
+                )
             )
-            continue
-        run = runs[folders[0]]
-        reward = open_reward(folders[1], run) if len(folders) > 1 else None
-        policies[name] = RunPolicy(run, config, reward)
-    return policies, world, base.dataset
+            costs.append(policy.cost)
+    return {metric: np.stack([v[metric] for v in values]) for metric in METRICS}, mean_cost(costs)
 
 
-def play(policy: Policy, world: World, dataset: Dataset, config: AbConfig, flagged) -> dict:
-    """Each user's days under a policy: METRICS, float64 `[U]`."""
-    log = Log.from_dataset(dataset, config.room)
-    before = log.length.copy()
-    horizon = np.zeros(len(before))
-
-    def within_days(users, log, request):
-        late = users[request.time_s >= horizon[users]]
-        log.room[late] = log.length[late] + 1  # one exposure more, which is not counted
-        return policy(users, log, request)
-
-    loop = Loop(world, within_days, log=log)
-    horizon[:] = loop.clock_s + config.days * DAY_S
-    loop.run()
-    table = log.table()
-    user = table["user"]
-    place = np.arange(len(user)) - (np.cumsum(log.length) - log.length)[user]
-    counted = (place >= before[user]) & (table["time_s"] < horizon[user])
-    user, table = user[counted], {k: v[counted] for k, v in table.items()}
-    total = functools.partial(np.bincount, user, minlength=len(before))
-    found = {"watch_s": total(table["playtime_s"]), "views": total().astype(float)}
-    for name in ("long_view", "like", "follow", "comment", "forward", "hate"):
-        found[name] = total(table[name])
-    with np.errstate(invalid="ignore"):  # a user without an exposure has neither
-        found["flagged"] = total(flagged[table["item"]]) / found["views"]
-    found["return"] = returns(world, user, table, len(before))
-    return found
-
-
-def returns(world: World, user, table, num_users: int) -> np.ndarray:
-    """Mean over a user's sessions of the probability to be back within 7 days, float64 `[U]`."""
-    begins = np.ones(len(user), bool)
-    begins[1:] = (np.diff(user) != 0) | (np.diff(table["session"]) != 0)
-    session = np.cumsum(begins) - 1
-    liked = sum(table[k].astype(float) for k in ("like", "comment", "forward", "follow"))
-    worth = table["long_view"] + liked - 3.0 * table["hate"]  # as `response.satisfaction`
-    who = user[begins]
-    p = world.return_within_7_days(who, np.bincount(session, worth) / np.bincount(session))
-    with np.errstate(invalid="ignore"):
-        return np.bincount(who, p, num_users) / np.bincount(who, minlength=num_users)
-
-
-def compare(values: dict[str, dict], resamples: int) -> dict:
-    """Every arm against the first: mean, difference and its 95% interval over users."""
-    (_, base), *_ = values.items()
-    result = {}
-    for name, arm in values.items():
-        result[name] = {}
-        for metric in METRICS:
-            both = np.isfinite(arm[metric]) & np.isfinite(base[metric])
-            ours, theirs = arm[metric][both], base[metric][both]
-            result[name][metric] = {
-                "mean": float(ours.mean()),
-                "base": float(theirs.mean()),
-                **paired_difference(ours, theirs, 0, resamples),
-            }
-    return result
-
-
-def show(result: dict) -> None:
-    """One table: means of the base, and what each other arm changes in per cent."""
-    (base, first), *others = result.items()
-    table = rich.table.Table(title=f"change over {base} in %, 95% interval over users")
-    for i, name in enumerate(("a user", base, *(name for name, _ in others))):
+def show(header, rows, title: str) -> None:
+    table = rich.table.Table(title=title)
+    for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left")
-    for metric, label in METRICS.items():
-        cells = [f"{first[metric]['mean']:.4g}"]
-        for _, arm in others:
-            row = arm[metric]
-            scale = 100 / row["base"] if row["base"] else float("nan")
-            low, high = (scale * x for x in row["ci95"])
-            cells.append(f"{scale * row['difference']:+.1f} \\[{low:+.1f}, {high:+.1f}]")
-        table.add_row(label, *cells)
+    for row in rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
     rich.console.Console(soft_wrap=True, highlight=False).print(table)
 
 
 def main(config: AbConfig) -> None:
     """Play every arm, compare, write."""
     policies, world, dataset = make_policies(config)
-    flagged = dataset.items["viral_farm"].fill_null(0).to_numpy().astype(float)
-    values = {}
-    for name, policy in policies.items():
+    values, costs = {}, {}
+    for name, seeds in policies.items():
         start = time.perf_counter()
-        values[name] = play(policy, world, dataset, config, flagged)
+        values[name], costs[name] = play_arm(name, seeds, world, dataset, config)
         seconds = time.perf_counter() - start
         print(f"{name}: {values[name]['views'].sum():,.0f} exposures, {seconds:.0f} s")
     result = compare(values, config.resamples)
-    show(result)
+    most = max(len(seeds) for seeds in policies.values())
+    title = f"change over {config.arms[0].split('=')[0]} in %, 95% interval over users"
+    title += f" and {most} seeds" if most > 1 else ""
+    show(*ab_report.effect_rows(result), title)
+    show(*ab_report.cost_rows(costs), f"cost of a million lists of {config.list_length}")
+    write(config, result, costs, world)
+
+
+def write(config: AbConfig, result: dict, costs: dict, world: World) -> None:
+    """The JSON, and beside it the report and the plot."""
     config.out.parent.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config) | {"out": str(config.out)}
-    write_text(config.out, json.dumps({"settings": settings, "arms": result}, indent=1))
-    print(f"written to {config.out}")
+    record = {"settings": settings, "arms": result, "costs": costs}
+    write_text(config.out, json.dumps(record, indent=1))
+    plot = config.out.with_suffix(".png")
+    ab_report.draw(plot, result)
+    note = (
+        f"World {world.config.name} ({world.fingerprint}), {world.config.users} users, "
+        f"{config.days:g} days of each. In brackets 95% intervals over users and seeds, paired; "
+        f"± where seeds disagree on the sign. A list has {config.list_length} items."
+    )
+    command = shlex.join(["python", "-m", "experiments.ab", *sys.argv[1:]])
+    text = ab_report.markdown(result, costs, command=command, note=note, plot=plot.name)
+    write_text(config.out.with_suffix(".md"), text)
+    print(f"written to {config.out}; report and plot beside it")
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ import tyro
 
 from experiments import evaluate
 from experiments.pretrain import RUNS, validation_examples
-from experiments.studies.pathways import expected_of_lists
 from onerec_jax import cli
 from onerec_jax.data.examples import Examples, check_batch_size, target_examples, train_examples
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
 from onerec_jax.data.sessions import well_played
 from onerec_jax.errors import InputError, require_at_least
-from onerec_jax.evaluation.ranking import paired_difference, ranking_metrics
+from onerec_jax.evaluation.lists import before_and_after, expected_of_lists, mean_of_lists
+from onerec_jax.evaluation.ranking import ranking_metrics
 from onerec_jax.files import read_json, write_text
 from onerec_jax.generation.rollout import RolloutConfig
 from onerec_jax.losses.ecpo import PolicyConfig
@@ -387,33 +387,9 @@ def compare(config: PosttrainConfig, parent: Run, run: Run, reward, judge) -> di
             here |= {f"{k}, expected by the world": v for k, v in expected.items()}
         here["recall@10"] = (found.item_ranks < min(10, config.list_length)).astype(float)
         here["NTP loss"] = generator.loss(variables, run.builder, test).sum(-1)
-        here["legality"] = legality(generator, variables, run, test)
-    rows = {}
-    for name, before in values["before"].items():
-        after = values["after"][name]
-        both = np.isfinite(before) & np.isfinite(after)
-        rows[name] = {
-            "before": float(before[both].mean()),
-            "after": float(after[both].mean()),
-            **paired_difference(
-                after[both], before[both], config.seed, config.evaluation.resamples
-            ),
-        }
+        here["legality"] = generator.legal_share(variables, run.builder, test)
+    rows = before_and_after(**values, seed=config.seed, resamples=config.evaluation.resamples)
     return {"users": len(test), "list_length": config.list_length, "metrics": rows}
-
-
-def mean_of_lists(score_un: np.ndarray) -> np.ndarray:
-    """Mean of each row, float64 `[U]`; NaN is no item, a row of nothing else stays NaN."""
-    known = np.isfinite(score_un)
-    count = known.sum(1)
-    total = np.where(known, score_un, 0).sum(1, dtype=float)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def legality(generator, variables, run: Run, examples) -> np.ndarray:
-    """Share of each user's unmasked beams that exist, float `[U]`."""
-    beams = generator.beams(variables, run.builder, examples, masked=False)
-    return np.concatenate([(run.ids.find(found.sid) >= 0).mean(1) for found in beams])
 
 
 def show(result: dict) -> None:

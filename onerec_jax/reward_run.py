@@ -166,7 +166,12 @@ class RewardRun(Run):
         builder = self.builder
         if log is not None:
             builder = RewardBatchBuilder(log, builder.items, self.model_config, self.known_item)
-        return Scorer(self.model(), self.load_best(), builder, self.objectives, self.fusion, users)
+        variables = self.load_best()
+        fusions, kept = variables["params"]["fusion"], self.fusion
+        fusion = jax.tree.map(lambda x: x[kept : kept + 1], fusions)
+        variables = {**variables, "params": {**variables["params"], "fusion": fusion}}
+        model = self.model().clone(fusions=1)
+        return Scorer(model, variables, builder, self.objectives, users)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,10 +183,10 @@ class Scorer:
     """
 
     model: PScore
+    """With the one fusion that is read."""
     variables: dict
     builder: RewardBatchBuilder
     objectives: tuple[str, ...]
-    fusion: int
     users: int
 
     def __call__(
@@ -213,11 +218,14 @@ class Scorer:
         found[item_rows < 0] = np.nan
         return {name: found[..., i] for i, name in enumerate(("p", *self.objectives))}
 
-    def over(self, log) -> "Scorer":
-        """The same over another `ActionLog` of the same users; nothing compiles anew."""
+    def over(self, log, *, users: int | None = None) -> "Scorer":
+        """The same over another `ActionLog` of the same users, so many at a time.
+
+        Nothing compiles anew but another number of users at a time, once.
+        """
         old = self.builder
         builder = RewardBatchBuilder(log, old.items, old.cfg, old.item_index > 0)
-        other = dataclasses.replace(self, builder=builder)
+        other = dataclasses.replace(self, builder=builder, users=users or self.users)
         other.__dict__["_apply"] = self._apply
         return other
 
@@ -225,9 +233,8 @@ class Scorer:
     def _apply(self):
         @jax.jit
         def score(variables, batch):
-            tower_bmo, p_bmn = self.model.apply(variables, batch)
-            p = p_bmn[..., self.fusion, None]
-            return jax.nn.sigmoid(jax.numpy.concatenate([p, tower_bmo], axis=-1))
+            tower_bmo, p_bm1 = self.model.apply(variables, batch)
+            return jax.nn.sigmoid(jax.numpy.concatenate([p_bm1, tower_bmo], axis=-1))
 
         return score
 

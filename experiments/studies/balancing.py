@@ -17,7 +17,7 @@ import rich.console
 import rich.table
 
 from experiments import pretrain
-from experiments.studies.arms import markdown_table, run_tasks, trained, world_data
+from experiments.studies.arms import run_tasks, trained, world_data
 from onerec_jax import cli
 from onerec_jax.config import PRESETS
 from onerec_jax.data.lifelong import LifelongConfig
@@ -25,6 +25,7 @@ from onerec_jax.data.pipeline import PipelineConfig
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.world.constants import WorldConfig
 from onerec_jax.errors import require_at_least
+from onerec_jax.evaluation.report import markdown_table
 from onerec_jax.files import write_text
 from onerec_jax.sharding import make_mesh
 from onerec_jax.training.loop import LoopConfig

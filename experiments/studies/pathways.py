@@ -22,8 +22,6 @@ import rich.table
 from experiments import pretrain
 from experiments.evaluate import seen_items
 from experiments.studies.arms import (
-    markdown_table,
-    paired_over_seeds,
     run_tasks,
     trained,
     world_data,
@@ -35,8 +33,11 @@ from onerec_jax.data.lifelong import LifelongConfig
 from onerec_jax.data.pipeline import PipelineConfig
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.world.constants import WorldConfig
-from onerec_jax.data.world.response import World, satisfaction
+from onerec_jax.data.world.response import World
 from onerec_jax.errors import InputError, require_at_least
+from onerec_jax.evaluation.lists import expected_of_lists
+from onerec_jax.evaluation.paired import paired_over_seeds
+from onerec_jax.evaluation.report import markdown_table
 from onerec_jax.files import write_text
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
@@ -155,22 +156,6 @@ def judge(run: Run, list_length: int, *, batch_size: int) -> dict[str, np.ndarra
     )
     scores = expected_of_lists(dataset, test, found.lists)
     return scores | {"recall@10": (found.item_ranks < min(10, list_length)).astype(float)}
-
-
-def expected_of_lists(dataset: Dataset, test, lists_un: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean expected response to each user's list, float64 `[U]`; -1 in a list is no item."""
-    world = World.from_meta(dataset.meta)
-    user, place = np.nonzero(lists_un >= 0)
-    at = dataset.offsets[test.user] + test.position
-    session, slot, time_s = (dataset.column(c)[at] for c in ("session", "slot", "time_s"))
-    answer = world.expected(
-        test.user[user], lists_un[user, place], session[user], slot[user], time_s[user]
-    )
-    values = {name: getattr(answer, name) for name in METRICS if hasattr(answer, name)}
-    values["satisfaction"] = satisfaction(answer)
-    length = np.bincount(user, minlength=len(lists_un)).astype(float)
-    length[length == 0] = np.nan
-    return {k: np.bincount(user, v, len(lists_un)) / length for k, v in values.items()}
 
 
 def references(config: StudyConfig, dataset: Dataset, run: Run) -> dict[str, dict[str, float]]:

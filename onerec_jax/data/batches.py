@@ -29,6 +29,10 @@ class BatchBuilder:
     ):
         self.log, self.items, self.cfg, self.lives = log, items, cfg, lives
 
+    def over(self, log: ActionLog) -> "BatchBuilder":
+        """The same over another log of the same users."""
+        return BatchBuilder(log, self.items, self.cfg, self.lives)
+
     def __call__(
         self,
         user,

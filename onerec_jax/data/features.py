@@ -240,7 +240,6 @@ def action_log(dataset: Dataset, spec: FeatureSpec) -> ActionLog:
                 label[:, bit] = dataset.column("rating") == value
             else:
                 label[:, bit] = dataset.column(name) > 0
-    static = [_static_index(dataset.users[feature.name], feature) for feature in spec.static]
     playtime = None
     if spec.has_playtime:
         playtime = log_bucket(dataset.column("playtime_s"), 4).astype(np.uint8)
@@ -251,8 +250,14 @@ def action_log(dataset: Dataset, spec: FeatureSpec) -> ActionLog:
         time_s=dataset.column("time_s") if spec.has_time else None,
         playtime=playtime,
         label=label,
-        static=np.stack(static, axis=1) if static else np.zeros((dataset.num_users, 0), np.int32),
+        static=static_features(dataset, spec),
     )
+
+
+def static_features(dataset: Dataset, spec: FeatureSpec) -> np.ndarray:
+    """Index of every user's static features for `spec`, int32 `[U, static features]`."""
+    static = [_static_index(dataset.users[feature.name], feature) for feature in spec.static]
+    return np.stack(static, axis=1) if static else np.zeros((dataset.num_users, 0), np.int32)
 
 
 def positive_actions(dataset: Dataset, rule: PositiveRule) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Results as a table, as Markdown and as plots."""
 
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,6 +21,14 @@ def result_rows(report: dict, suffix: str = "") -> list[tuple[str, dict]]:
         rows.append(("OneRec, semantic IDs", test["id"]))
     baselines = report.get(f"baselines{suffix}", {})
     return rows + [(NAMES[name], result) for name, result in baselines.items()]
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, the first column to the left."""
+    header = list(header)
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(result: dict, name: str) -> str:

@@ -4,6 +4,8 @@ import pathlib
 
 import numpy as np
 
+from onerec_jax.evaluation.report import markdown_table
+
 
 def _number(value, digits=4) -> str:
     return "" if value is None else f"{value:.{digits}f}"
@@ -56,11 +58,6 @@ def world_rows(report: dict) -> tuple[list[str], list[list[str]]]:
     return header, [[name, *(_number(part[name]) for part in parts.values())] for name in names]
 
 
-def _markdown_table(header, rows) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def markdown(report: dict) -> str:
     """The report in words, tables and plots."""
     data, model, parts = report["dataset"], report["model"], report["exposures"]
@@ -77,7 +74,7 @@ def markdown(report: dict) -> str:
         *(line for note in report["notes"] for line in (note, "")),
         "## Test",
         "",
-        *_markdown_table(*objective_rows(report)),
+        markdown_table(*objective_rows(report)),
         "GAUC: AUC within a user, mean over users with both kinds of label, weighted by their "
         "exposures. AUC of item rate: by the item's share of positive labels in training, whoever "
         "the user is. ECE: mean distance of prediction and rate over bins of equal size. p is "
@@ -90,7 +87,7 @@ def markdown(report: dict) -> str:
         lines += [
             "## Against the world",
             "",
-            *_markdown_table(*world_rows(report)),
+            markdown_table(*world_rows(report)),
             "The AUC of the world is that of its own probabilities, which know each session's "
             "mood: nobody who has only seen the log can reach it. Without mood: of their mean over "
             "the moods that the user may be in then, with everything else known.",
@@ -100,7 +97,7 @@ def markdown(report: dict) -> str:
     lines += [
         "## Label weights",
         "",
-        *_markdown_table(*weight_rows(report)),
+        markdown_table(*weight_rows(report)),
         "AUC of p on validation exposures. Kept: the highest mean among the weights under which no "
         f"objective falls below the first row. Now: {weights}.",
         "",

@@ -204,9 +204,18 @@ class Generator:
 
     def legality(self, variables, builder, examples) -> float:
         """Share of IDs that exist among all that the model generates without the trie."""
-        legal = total = 0
+        legal, alive = self._legal(variables, builder, examples)
+        return int(legal.sum()) / int(alive.sum())
+
+    def legal_share(self, variables, builder, examples) -> np.ndarray:
+        """The same share of each user's own beams, float64 `[U]`."""
+        legal, alive = self._legal(variables, builder, examples)
+        return legal / alive
+
+    def _legal(self, variables, builder, examples) -> tuple[np.ndarray, np.ndarray]:
+        """Beams of each user without the trie that exist, and all that live, int64 `[U]` each."""
+        counts = []
         for beams in self.beams(variables, builder, examples, masked=False):
             alive = np.isfinite(beams.logp)
-            legal += int(((self.ids.find(beams.sid) >= 0) & alive).sum())
-            total += int(alive.sum())
-        return legal / total
+            counts.append(np.stack([(self.ids.find(beams.sid) >= 0) & alive, alive]).sum(-1))
+        return tuple(np.concatenate(counts, axis=1))

@@ -106,7 +106,7 @@ def generator():
 
         fake = types.SimpleNamespace(**vars(made), calls=calls)
         fake.search = search
-        for name in ("beams", "rank", "legality", "_batches"):
+        for name in ("beams", "rank", "legality", "legal_share", "_legal", "_batches"):
             setattr(fake, name, types.MethodType(getattr(Generator, name), fake))
         return fake
 
@@ -145,6 +145,8 @@ def test_legality_by_hand(generator):
     fake = generator(np.full((3, 4), -1), np.array(sid))
     assert fake.legality(None, builder, EXAMPLES) == pytest.approx(3 / 7)
     assert fake.calls == [None, None]  # searched without the trie
+    fake = generator(np.full((3, 4), -1), np.array(sid))
+    np.testing.assert_allclose(fake.legal_share(None, builder, EXAMPLES), [1 / 2, 2 / 4, 0])
 
 
 def test_the_real_search_ranks_and_scores_every_example():

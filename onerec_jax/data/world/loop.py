@@ -38,6 +38,8 @@ class Log:
       length: int64 `[U]`, exposures of each user so far.
       room: int64 `[U]`, exposures at which a user's log is full.
       counts: int64 `[I]`, exposures of each item so far.
+      start: int64 `[U]`, where the room of each user begins, all rooms one behind the other.
+      capacity: exposures that all rooms hold.
     """
 
     def __init__(self, room: np.ndarray, num_items: int):
@@ -50,8 +52,9 @@ class Log:
         self.room = np.asarray(room, np.int64)
         self.length = np.zeros(len(self.room), np.int64)
         self.counts = np.zeros(num_items, np.int64)
-        self._start = np.cumsum(self.room) - self.room
-        self._columns = {name: np.zeros(self.room.sum(), dtype) for name, dtype in COLUMNS.items()}
+        self.start = np.cumsum(self.room) - self.room
+        self.capacity = int(self.room.sum())
+        self._columns = {name: np.zeros(self.capacity, dtype) for name, dtype in COLUMNS.items()}
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, more: np.ndarray | int) -> "Log":
@@ -63,7 +66,7 @@ class Log:
         length = np.diff(dataset.offsets)
         log = cls(length + more, dataset.num_items)
         user = np.repeat(np.arange(len(length)), length)
-        place = np.arange(len(user)) - dataset.offsets[user] + log._start[user]
+        place = np.arange(len(user)) - dataset.offsets[user] + log.start[user]
         for name, column in log._columns.items():
             values = dataset.column("item_row" if name == "item" else name)
             if values is None:
@@ -75,7 +78,7 @@ class Log:
 
     def append(self, user: np.ndarray, **columns: np.ndarray) -> None:
         """One more exposure of each of the given users, all different; all COLUMNS, `[B]`."""
-        place = self._start[user] + self.length[user]
+        place = self.start[user] + self.length[user]
         for name, values in columns.items():
             self._columns[name][place] = values
         self.length[user] += 1
@@ -83,26 +86,34 @@ class Log:
 
     def history(self, user: int) -> dict[str, np.ndarray]:
         """All COLUMNS of one user, oldest first; views that must not be written to."""
-        rows = slice(self._start[user], self._start[user] + self.length[user])
+        rows = slice(self.start[user], self.start[user] + self.length[user])
         return {name: column[rows] for name, column in self._columns.items()}
 
     def last(self, users: np.ndarray, n: int, column: str = "item") -> np.ndarray:
         """The latest n values of a column of each user, `[B, n]`, newest first, -1 for none."""
         back = np.arange(1, n + 1)
-        place = (self._start + self.length)[users][:, None] - back
+        place = (self.start + self.length)[users][:, None] - back
         valid = back <= self.length[users][:, None]
         return np.where(valid, self._columns[column][np.where(valid, place, 0)], -1)
 
-    def table(self) -> dict[str, np.ndarray]:
-        """`user` and all COLUMNS, `[N]`, sorted by user and time."""
-        user = np.repeat(np.arange(len(self.length), dtype=np.int32), self.length)
-        first = np.cumsum(self.length) - self.length
-        place = np.arange(len(user)) + (self._start - first)[user]
-        return {"user": user, **{name: values[place] for name, values in self._columns.items()}}
+    def table(self, since: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """`user`, `position` and all COLUMNS, `[N]`, sorted by user and time.
+
+        Args:
+          since: int `[U]`, positions to begin with; None: all exposures.
+        """
+        since = np.zeros_like(self.length) if since is None else since
+        count = self.length - since
+        user = np.repeat(np.arange(len(count), dtype=np.int32), count)
+        position = np.arange(len(user)) + (since + count - np.cumsum(count))[user]
+        place = self.start[user] + position
+        columns = {name: values[place] for name, values in self._columns.items()}
+        return {"user": user, "position": position, **columns}
 
     def frame(self) -> pl.DataFrame:
         """The interactions table: `user_id`, `item_id` (rows as ids) and the rest of COLUMNS."""
         table = self.table()
+        del table["position"]
         return pl.DataFrame({"user_id": table.pop("user"), "item_id": table.pop("item"), **table})
 
 

@@ -13,6 +13,7 @@ Axes: n rows of a query.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -226,13 +227,17 @@ class World:
         return np.concatenate([np.asarray(part) for part in parts], axis=1)[:, :n]
 
 
-def satisfaction(feedback: Feedback | Response) -> np.ndarray:
+def satisfaction(feedback: Feedback | Response | Mapping[str, np.ndarray]) -> np.ndarray:
     """How content a shown item leaves the user, float32 `[n]`; its mean over a session counts.
 
     A long view is worth 1, a reaction 1 more, a dislike -3: a weekly survey in one number.
+
+    Args:
+      feedback: a world's answer, or columns of a log by name.
     """
-    liked = feedback.like + feedback.comment + feedback.forward + feedback.follow
-    return (feedback.long_view + liked - 3.0 * feedback.hate).astype(np.float32)
+    of = feedback if isinstance(feedback, Mapping) else feedback._asdict()
+    liked = of["like"] + of["comment"] + of["forward"] + of["follow"]
+    return (of["long_view"] + liked - 3.0 * of["hate"]).astype(np.float32)
 
 
 class _Law(NamedTuple):
