@@ -22,8 +22,8 @@ from typing import Annotated
 from onerec_jax.errors import InputError
 from onerec_jax.serving import schemas
 from onerec_jax.serving.batching import QueueFull
-from onerec_jax.serving.catalogue import UnknownId
 from onerec_jax.serving.config import HttpConfig
+from onerec_jax.serving.questions import UnknownId
 from onerec_jax.serving.service import NotReady, Service
 
 try:
