@@ -224,24 +224,39 @@ def test_no_checkpoint_yet(copied):
     assert not (copied / "checkpoints").exists()  # a reader writes nothing
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["cut", "overwritten", "gone"])
-def test_a_damaged_checkpoint(copied, damage):
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "gone", "flipped"])
+def test_a_damaged_checkpoint(copied, damage, capfd):
+    """One line, and nothing beside it."""
     files = [path for path in (copied / "checkpoints" / "3" / "model").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     data = largest.read_bytes()
+    middle = len(data) // 2
     if damage == "gone":
         largest.unlink()
     else:
-        middle = len(data) // 2
-        largest.write_bytes(
-            data[:middle] + (b"" if damage == "cut" else b"\xff" * (len(data) - middle))
-        )
+        ends = {
+            "cut": b"",
+            "overwritten": b"\xff" * (len(data) - middle),
+            "flipped": bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        }
+        largest.write_bytes(data[:middle] + ends[damage])
     with pytest.raises(InputError, match="checkpoint step 3") as error:
         Recommender.load(copied)
     assert "\n" not in str(error.value)
     del error
-    gc.collect()  # the reads that Orbax gave up complain here, and not in some later test
+    gc.collect()  # the reads that Orbax gave up complain here, or not at all
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "metrics/metrics", "model/_METADATA"])
+def test_damaged_tables_of_a_checkpoint(copied, name, capfd):
+    path = copied / "checkpoints" / "3" / name
+    path.write_bytes(b"\x99" + path.read_bytes()[1:])
+    with pytest.raises(InputError, match="cannot be read") as error:
+        Recommender.load(copied)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_weights_that_are_not_finite(copied):
