@@ -96,6 +96,18 @@ def policy_log_probs(model, variables, batch, sid_bgs, *, parts: int = 1):
     return log_probs(model.apply(variables, batch.replace(target=sid_bgs)), sid_bgs)
 
 
+def draw_ids(model, variables, batch, keys, *, cfg: RolloutConfig, trie: Trie | None = None):
+    """The IDs of a group, int32 `[B, G, S]`, -1 where dead; arguments as `rollout`."""
+    args = model, variables, batch
+    trie = trie if cfg.masked else None
+    if cfg.method == "beam":
+        return beam_search(*args, width=cfg.group, trie=trie).sid
+    options = {"count": cfg.group, "temperature": cfg.temperature, "trie": trie}
+    if cfg.method == "gumbel":
+        return sample_without_replacement(*args, keys, **options).sid
+    return sample(*args, keys, **options, top_k=cfg.top_k, top_p=cfg.top_p).sid
+
+
 def rollout(model, variables, batch, keys, *, cfg: RolloutConfig, trie: Trie | None = None):
     """A group of each user's items, with the log-probabilities that the policy gives them.
 
@@ -105,31 +117,7 @@ def rollout(model, variables, batch, keys, *, cfg: RolloutConfig, trie: Trie | N
       trie: of the IDs that exist; for `cfg.masked` alone. Log-probabilities are of all codes then
         too, on both sides of the ratio.
     """
-    trie = trie if cfg.masked else None
-    if cfg.method == "beam":
-        sid = beam_search(model, variables, batch, width=cfg.group, trie=trie).sid
-    elif cfg.method == "gumbel":
-        sid = sample_without_replacement(
-            model,
-            variables,
-            batch,
-            keys,
-            count=cfg.group,
-            temperature=cfg.temperature,
-            trie=trie,
-        ).sid
-    else:
-        sid = sample(
-            model,
-            variables,
-            batch,
-            keys,
-            count=cfg.group,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            trie=trie,
-        ).sid
+    sid = draw_ids(model, variables, batch, keys, cfg=cfg, trie=trie)
     alive = sid[..., 0] >= 0
     sid = jnp.maximum(sid, 0)
     logp, _ = policy_log_probs(model, variables, batch, sid, parts=cfg.parts)
