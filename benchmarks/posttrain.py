@@ -261,13 +261,13 @@ def useful_flops(config: BenchmarkConfig, spec) -> dict[str, dict[str, float]]:
 
 
 def table(spent: dict[str, float], flops: dict, peak: float | None) -> list[str]:
-    """Lines: part, milliseconds, share of their sum, TFLOP, share of the peak."""
+    """Lines: part, milliseconds, share of their sum, GFLOP, share of the peak."""
     every = {**flops["useful"], **flops["repeated"]}
     lines, total = [], sum(spent.values())
     for name, part in spent.items():
         line = f"{part:10.2f} ms {part / total:6.1%}  {name:<32}"
         if name in every:
-            line += f"{every[name] / 1e12:9.3f} TFLOP"
+            line += f"{every[name] / 1e9:12,.1f} GFLOP"
             if peak:
                 line += f" {every[name] / part * 1e3 / peak:6.1%} of the peak"
             line += " (repeated)" if name in flops["repeated"] else ""

@@ -98,7 +98,8 @@ def policy_memory(
     """Memory of a joint step of post-training; other arguments as `step_memory`.
 
     The policy that draws lies beside the one that learns, and the gradients of the groups beside
-    those of supervised fine-tuning; activations are of the larger of both.
+    those of supervised fine-tuning, in parts also the sum so far; activations are of the larger of
+    both.
 
     Args:
       rollout_users: users with rollouts, over all devices, in `parts`.
@@ -109,7 +110,7 @@ def policy_memory(
     return Memory(
         2 * drawn.parameters,
         drawn.optimizer,
-        2 * drawn.gradients,
+        (2 + (parts > 1)) * drawn.gradients,
         max(tuned.activations, drawn.activations),
     )
 

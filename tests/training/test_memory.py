@@ -76,6 +76,7 @@ def test_a_joint_step_holds_two_policies_and_two_gradients():
     assert found.activations == memory(users=4, targets=16).activations > tuned.activations
     parted = policy_memory(CFG, SPEC, tx, mesh, **sizes, parts=2)
     assert parted.activations == memory(users=2, targets=16).activations
+    assert parted.gradients == 3 * tuned.gradients
     sizes |= {"users": 512}
     found = policy_memory(CFG, SPEC, tx, mesh, **sizes, accumulate=2)
     assert found.activations == memory(users=256).activations
