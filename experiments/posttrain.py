@@ -460,6 +460,7 @@ def main(config: PosttrainConfig) -> None:
     )
     examples = rsft_examples(config, parent)
     check_batch_size(config.train.batch_size, examples)
+    rollout_users(config, mesh)  # refuses parts that do not fit before there is a folder
     run = open_run(config, parent, reward, flagged)
     path = run.folder / "comparison.json"
     if path.exists():
