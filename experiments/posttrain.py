@@ -152,6 +152,7 @@ class PosttrainConfig:
             self.format,
             self.rollout.group,
             self.rollout.refresh_every,
+            self.rollout.parts,
             self.industrial,
         )
 
@@ -272,10 +273,20 @@ def open_run(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -
 
 
 def rollout_users(config: PosttrainConfig, mesh) -> int:
-    """Users of a step that get rollouts: the share asked for, rounded up to fill the devices."""
-    devices = math.prod(mesh.shape[axis] for axis in USER_AXES)
+    """Users of a step that get rollouts: the share asked for, rounded up to fill the devices.
+
+    Raises:
+      InputError: the step has too few users for the parts.
+    """
+    unit = math.prod(mesh.shape[axis] for axis in USER_AXES) * config.rollout.parts
     users = max(round(config.rl_share * config.train.batch_size), 1)
-    return min(-(-users // devices) * devices, config.train.batch_size)
+    users = -(-users // unit) * unit
+    if users > config.train.batch_size:
+        raise InputError(
+            f"--rollout.parts {config.rollout.parts}: {users} users would get rollouts, and a step "
+            f"has {config.train.batch_size}: lower it or raise --train.batch-size"
+        )
+    return users
 
 
 def make_validation(config: PosttrainConfig, run: Run, scorer, mesh):
@@ -425,6 +436,7 @@ def main(config: PosttrainConfig) -> None:
     )
     examples = rsft_examples(config, parent)
     check_batch_size(config.train.batch_size, examples)
+    rollout_users(config, mesh)  # refuses parts that do not fit before there is a folder
     run = open_run(config, parent, reward, flagged)
     path = run.folder / "comparison.json"
     if path.exists():

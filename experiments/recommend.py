@@ -39,6 +39,8 @@ class RecommendConfig:
     of the data set."""
     out: pathlib.Path | None = None
     """Parquet file to write for --users: user_id, place, item_id, logp, semantic_id."""
+    skip_unknown: bool = False
+    """Leave out ids of --users that the data set lacks, and say how many."""
     n: int = 10
     """Items to return."""
     beam_width: int = 64
@@ -58,6 +60,8 @@ class RecommendConfig:
             raise InputError("give one of --user ID, --history ID,ID,… and --users FILE")
         if (self.users is None) != (self.out is None):
             raise InputError("--users and --out belong together: give both or neither")
+        if self.skip_unknown and self.users is None:
+            raise InputError("--skip-unknown is of --users: leave it out")
         if self.out is not None and self.out.suffix != ".parquet":
             raise InputError(f"--out {self.out}: lists are written as .parquet: name it so")
 
@@ -95,7 +99,9 @@ def main(config: RecommendConfig) -> None:
     if config.users is not None:
         sizes = {"batch_size": config.batch_size, "filter_size": config.filter_size}
         bulk = BulkConfig(**options, **sizes)
-        recommend_to_file(recommender, config.users, config.out, bulk)
+        recommend_to_file(
+            recommender, config.users, config.out, bulk, skip_unknown=config.skip_unknown
+        )
         return
     history = config.user if config.history is None else split_ids(config.history)
     try:

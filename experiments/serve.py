@@ -25,9 +25,8 @@ def main(config: ServeConfig) -> None:
     from onerec_jax.serving.server import Server  # needs the extra `serve`
     from onerec_jax.serving.service import Service
 
-    server = Server(Service(config.run, config.service), config.http)
-    print(f"{server.url} answers when the model is compiled", flush=True)
-    server.run()
+    service = Service(config.run, config.service)
+    Server(service, config.http, on_ready=lambda url: print(f"{url} answers", flush=True)).run()
 
 
 if __name__ == "__main__":

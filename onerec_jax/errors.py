@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend, and the commonest way to it."""
+"""The one exception for mistakes that a user can mend, and what its messages are made with."""
 
 
 class InputError(Exception):
@@ -7,6 +7,11 @@ class InputError(Exception):
     The message is one line: what is wrong, where (file, row, column or flag) and what to do.
     Command lines print it as `error: …` and exit with code 2; libraries may catch it.
     """
+
+
+def shown(value, length: int = 40) -> str:
+    """The beginning of a wrong value, on one line: it may come from outside."""
+    return ascii(str(value)[:length])[1:-1]
 
 
 def require_at_least(config, prefix: str, **minimums: float) -> None:

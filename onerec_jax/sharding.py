@@ -189,6 +189,19 @@ def put_batch(batch, mesh: Mesh):
     )
 
 
+def deal(tree, parts: int):
+    """Leaves `[B, ...]` to `[parts, B / parts, ...]`: users in turn, so that every device keeps its
+    own."""
+    return jax.tree.map(
+        lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree
+    )
+
+
+def collect(tree):
+    """What `deal` has dealt, back in order: `[parts, B / parts, ...]` to `[B, ...]`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def on_mesh(function, mesh: Mesh):
     """The function with the mesh as its context, in which `per_device` splits work."""
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 
+from onerec_jax.data.action_values import RATING, SECONDS, TIME, check_actions
 from onerec_jax.data.features import ActionLog, action_log, positive_actions
 from onerec_jax.data.schema import FEEDBACK, Dataset
-from onerec_jax.errors import InputError
 from onerec_jax.inputs import FeatureSpec
 
-ACTION_COLUMNS = ("time_s", "rating", "playtime_s", "duration_s", *FEEDBACK)
+ACTION_COLUMNS = (TIME, RATING, *SECONDS, *FEEDBACK)
 """What may be said of an action beside its item, where the data set has such a column."""
 
 
@@ -28,20 +28,13 @@ def log_from_actions(
       dataset: whose columns may be given.
 
     Raises:
-      InputError: names the action and the value that is wrong.
+      InputError: see `check_actions`.
     """
     known = [name for name in ACTION_COLUMNS if name in dataset.interactions.columns]
-    for place, action in enumerate(actions):
-        for name, value in action.items():
-            if name != "item_id" and value is not None:
-                _check(f"action {place} of the history: {name}", name, value, known)
+    check_actions(actions, known)
     values = {name: [action.get(name) for action in actions] for name in known}
     times = values.pop("time_s", [])
     timed = [value is not None for value in times]
-    if any(timed) and not all(timed):
-        raise InputError(f"action {timed.index(False)} of the history has no time_s, others have")
-    if any(timed) and np.any(np.diff(np.array(times, np.int64)) < 0):
-        raise InputError("the history is not in order of time_s: give the oldest action first")
     # A last row that belongs to nobody, as in `log_from_histories`.
     row = np.concatenate([rows, [0]]).astype(np.int32)
     n = len(row)
@@ -70,19 +63,3 @@ def log_from_actions(
         label=log.label,
         static=log.static[:1],
     )
-
-
-def _check(what: str, name: str, value, known: Sequence[str]) -> None:
-    if name not in known:
-        raise InputError(f"{what}: the model knows {', '.join(known) or 'nothing'} of an action")
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if name == "time_s":
-        good, wanted = number and 0 <= value < 2**53 and value == int(value), "whole Unix seconds"
-    elif name in FEEDBACK:
-        good, wanted = number and value in (0, 1), "0 or 1"
-    elif name == "rating":
-        good, wanted = number and np.isfinite(value), "a number"
-    else:
-        good, wanted = number and 0 <= value < 2**31, "seconds from 0 on"
-    if not good:
-        raise InputError(f"{what} is {str(value)[:40]!a}: give {wanted}")

@@ -20,6 +20,7 @@ from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.sampling import sample, sample_without_replacement
 from onerec_jax.generation.trie import Trie
 from onerec_jax.losses.ecpo import log_probs
+from onerec_jax.sharding import collect, deal
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 
@@ -39,6 +40,9 @@ class RolloutConfig:
     """Of independent draws: codes to keep on each level; 0: all."""
     top_p: float = 1.0
     """Of independent draws: share of the probability to keep on each level."""
+    parts: int = 1
+    """Parts that the users with rollouts are cut into, one after the other, wherever all codes of
+    all items go through the model at once: less memory, the same step."""
     masked: bool = False
     """Draw only IDs that exist: an ablation, in which nothing is left for the format reward."""
     refresh_every: int = 1000
@@ -50,7 +54,7 @@ class RolloutConfig:
             raise InputError(
                 f"--rollout.group {self.group}: a group needs 2 items or more to compare"
             )
-        require_at_least(self, "rollout.", top_k=0, refresh_every=0)
+        require_at_least(self, "rollout.", top_k=0, refresh_every=0, parts=1)
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
             name = "temperature" if 0 < self.top_p <= 1 else "top-p"
             value = getattr(self, name.replace("-", "_"))
@@ -71,7 +75,7 @@ class Rollout:
     alive: jax.Array  # bool [B, G]; dead: fewer IDs than G exist
 
 
-def policy_log_probs(model, variables, batch, sid_bgs):
+def policy_log_probs(model, variables, batch, sid_bgs, *, parts: int = 1):
     """Log-probabilities and entropies of codes under a policy, float32 `[B, G, S]` each, in nats.
 
     By teacher forcing, all items of a user behind one pass of the encoder. Sampler and learner both
@@ -83,8 +87,25 @@ def policy_log_probs(model, variables, batch, sid_bgs):
       variables: its `params` and `router`.
       batch: `Batch` of B users; `target` is not read.
       sid_bgs: int32 `[B, G, S]`.
+      parts: that the users are cut into, one after the other. For gradients call it part by part.
     """
+    if parts > 1:
+        dealt = deal((batch, sid_bgs), parts)
+        found = jax.lax.map(lambda part: policy_log_probs(model, variables, *part), dealt)
+        return collect(found)
     return log_probs(model.apply(variables, batch.replace(target=sid_bgs)), sid_bgs)
+
+
+def draw_ids(model, variables, batch, keys, *, cfg: RolloutConfig, trie: Trie | None = None):
+    """The IDs of a group, int32 `[B, G, S]`, -1 where dead; arguments as `rollout`."""
+    args = model, variables, batch
+    trie = trie if cfg.masked else None
+    if cfg.method == "beam":
+        return beam_search(*args, width=cfg.group, trie=trie).sid
+    options = {"count": cfg.group, "temperature": cfg.temperature, "trie": trie}
+    if cfg.method == "gumbel":
+        return sample_without_replacement(*args, keys, **options).sid
+    return sample(*args, keys, **options, top_k=cfg.top_k, top_p=cfg.top_p).sid
 
 
 def rollout(model, variables, batch, keys, *, cfg: RolloutConfig, trie: Trie | None = None):
@@ -96,34 +117,11 @@ def rollout(model, variables, batch, keys, *, cfg: RolloutConfig, trie: Trie | N
       trie: of the IDs that exist; for `cfg.masked` alone. Log-probabilities are of all codes then
         too, on both sides of the ratio.
     """
-    trie = trie if cfg.masked else None
-    if cfg.method == "beam":
-        sid = beam_search(model, variables, batch, width=cfg.group, trie=trie).sid
-    elif cfg.method == "gumbel":
-        sid = sample_without_replacement(
-            model,
-            variables,
-            batch,
-            keys,
-            count=cfg.group,
-            temperature=cfg.temperature,
-            trie=trie,
-        ).sid
-    else:
-        sid = sample(
-            model,
-            variables,
-            batch,
-            keys,
-            count=cfg.group,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            trie=trie,
-        ).sid
+    sid = draw_ids(model, variables, batch, keys, cfg=cfg, trie=trie)
     alive = sid[..., 0] >= 0
     sid = jnp.maximum(sid, 0)
-    return Rollout(sid, policy_log_probs(model, variables, batch, sid)[0], alive)
+    logp, _ = policy_log_probs(model, variables, batch, sid, parts=cfg.parts)
+    return Rollout(sid, logp, alive)
 
 
 def find_items(sid_bgs: np.ndarray, alive_bg, ids: SemanticIds, offsets, items) -> np.ndarray:

@@ -55,7 +55,14 @@ def log_probs(logits, target):
 
 
 def policy_loss(
-    logp_bgs, old_logp_bgs, advantage_bg, valid_bg, cfg: PolicyConfig, entropy_bgs=None
+    logp_bgs,
+    old_logp_bgs,
+    advantage_bg,
+    valid_bg,
+    cfg: PolicyConfig,
+    entropy_bgs=None,
+    *,
+    count=None,
 ):
     """The negative of J_ECPO (or J_GRPO), a mean over all valid items of the batch.
 
@@ -72,6 +79,7 @@ def policy_loss(
       valid_bg: bool `[B, G]`; items that are not valid (no item of the catalogue, a group whose
         rewards are all alike) count nowhere and may hold anything.
       entropy_bgs: float32 `[B, G, S]` from `log_probs`, for the statistics.
+      count: valid items of the batch, where this is a part of it: losses of the parts add up.
 
     Returns:
       Float32 loss, and statistics over the valid items: `clipped_high` (share with A > 0 and ratio
@@ -93,7 +101,8 @@ def policy_loss(
     advantage = jnp.where(valid_bg, advantage_bg.astype(jnp.float32), 0)[..., None]
     clipped = jnp.clip(ratio, 1 - cfg.epsilon, 1 + cfg.epsilon)
     objective = jnp.minimum(ratio * advantage, clipped * advantage).mean(-1)
-    loss = -jnp.where(valid_bg, objective, 0).sum() / jnp.maximum(valid_bg.sum(), 1)
+    count = valid_bg.sum() if count is None else count
+    loss = -jnp.where(valid_bg, objective, 0).sum() / jnp.maximum(count, 1)
 
     raw = jnp.exp(here - old)
     counted = jnp.broadcast_to(keep, raw.shape)

@@ -23,6 +23,7 @@ from onerec_jax.models.onerec import OneRec
 from onerec_jax.rewards.advantage import group_advantages
 from onerec_jax.rewards.format import format_advantages
 from onerec_jax.rewards.industrial import IndustrialConfig, flagged_share, industrial_rewards
+from onerec_jax.sharding import collect, deal
 from onerec_jax.training.step import TrainState, init_state, ntp_gradients, update
 
 
@@ -61,6 +62,8 @@ class ObjectiveConfig:
     format: FormatConfig
     group: int
     refresh_every: int
+    parts: int = 1
+    """Of the users with rollouts, one after the other; see `RolloutConfig`."""
     industrial: IndustrialConfig | None = None
 
     def __post_init__(self):
@@ -133,20 +136,27 @@ def policy_step(
             logp_bg=jnp.where(batch.alive, batch.logp.sum(-1), -jnp.inf),
         )
 
-    def loss_fn(params):
-        variables = {"params": params, "router": state.router}
-        logp, entropy = policy_log_probs(policy, variables, batch.rl, batch.sid)
-        total, found = 0.0, {}
-        for name, (advantage, counts) in groups.items():
-            loss, statistics = policy_loss(logp, batch.logp, advantage, counts, cfg.policy)
-            total += getattr(weights, name) * loss
-            found[f"loss_{name}"] = loss
-            if name == "preference":
-                found |= statistics
-        found["entropy"] = jnp.mean(entropy, axis=(0, 1), where=batch.alive[..., None])
-        return total, found
+    count = {name: counts.sum() for name, (_, counts) in groups.items()}
 
-    grads, found = jax.grad(loss_fn, has_aux=True)(state.params)
+    def loss_fn(params, part):
+        rl, sid, old, groups = part
+        logp, entropy = policy_log_probs(
+            policy, {"params": params, "router": state.router}, rl, sid
+        )
+        total = 0.0
+        for name, group in groups.items():
+            loss, _ = policy_loss(logp, old, *group, cfg.policy, count=count[name])
+            total += getattr(weights, name) * loss
+        return total, (logp, entropy)
+
+    drawn = batch.rl, batch.sid, batch.logp, groups
+    grads, (logp, entropy) = _in_parts(jax.grad(loss_fn, has_aux=True), state.params, drawn, cfg)
+    found = {}
+    for name, group in groups.items():
+        found[f"loss_{name}"], statistics = policy_loss(logp, batch.logp, *group, cfg.policy)
+        if name == "preference":
+            found |= statistics
+    found["entropy"] = jnp.mean(entropy, axis=(0, 1), where=batch.alive[..., None])
     metrics |= found | {"grad_norm_policy": optax.tree.norm(grads)}
     grads = jax.tree.map(lambda a, b: weights.ntp * a + b, ntp, grads)
     state, of_ntp = update(state, grads, level, stats, model, tx)
@@ -155,3 +165,20 @@ def policy_step(
         sampler = jax.lax.cond(now, lambda: state.variables, lambda: state.sampler)
         state = state.replace(sampler=sampler)
     return state, of_ntp | metrics
+
+
+def _in_parts(gradient, params, batch, cfg: ObjectiveConfig):
+    """Sum of the gradients of a batch's parts, and what each gives beside them, in order of users.
+
+    Nothing is computed twice: the objective of an item reads the others only by their number.
+    """
+    if cfg.parts == 1:
+        return gradient(params, batch)
+
+    def add(total, part):
+        grads, found = gradient(params, part)
+        return jax.tree.map(jnp.add, total, grads), found
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, found = jax.lax.scan(add, zeros, deal(batch, cfg.parts))
+    return total, collect(found)

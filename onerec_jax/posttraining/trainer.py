@@ -169,7 +169,7 @@ class PolicyTrainer:
         `RolloutFiles`."""
         self.mesh, self.abstract_state = trainer.mesh, trainer.abstract_state
         self.rewarder, self.record, self._start = rewarder, record, start
-        self._update, self._init = trainer.step, trainer.init_from
+        self.update, self._init = trainer.step, trainer.init_from
         model = run.model()
         trie = build_trie(run.ids.leaf_sids, run.ids.codebook_size) if cfg.masked else None
 
@@ -178,7 +178,7 @@ class PolicyTrainer:
             keys = jax.vmap(lambda user: jax.random.fold_in(key, user))(user)
             return rollout(model, variables, batch, keys, cfg=cfg, trie=trie)
 
-        self._draw = jax.jit(on_mesh(draw, self.mesh))
+        self.draw = jax.jit(on_mesh(draw, self.mesh))
 
     def init(self, seed: int) -> TrainState:
         """The pretrained policy, its own sampler, with an optimizer that has seen nothing."""
@@ -187,7 +187,7 @@ class PolicyTrainer:
 
     def step(self, state: TrainState, batch: PolicyBatch) -> tuple[TrainState, dict]:
         """As `policy_step`, with the metrics of `Rewarder`."""
-        drawn_here = self._draw(state.step, state.sampler, batch.rl, batch.user)
+        drawn_here = self.draw(state.step, state.sampler, batch.rl, batch.user)
         drawn, user, position, step = jax.device_get(
             (drawn_here, batch.user, batch.position, state.step)
         )
@@ -199,5 +199,5 @@ class PolicyTrainer:
             alive=drawn_here.alive,
             **put_batch(parts, self.mesh),
         )
-        state, metrics = self._update(state, batch)
+        state, metrics = self.update(state, batch)
         return state, metrics | found

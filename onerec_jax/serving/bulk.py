@@ -16,8 +16,9 @@ import rich.console
 
 from onerec_jax.data.progress import Progress
 from onerec_jax.data.schema import one_line
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, shown
 from onerec_jax.files import file_hash, read_json, write_text
+from onerec_jax.serving.questions import UnknownId
 from onerec_jax.serving.recommender import Recommender
 
 BATCHES = 16
@@ -36,15 +37,23 @@ class BulkConfig:
     """Items that the search leaves out; seen ones beyond are dropped from the list."""
 
 
-def read_users(path: pathlib.Path | str, recommender: Recommender) -> np.ndarray:
+def read_users(
+    path: pathlib.Path | str, recommender: Recommender, *, skip_unknown: bool = False
+) -> tuple[np.ndarray, int]:
     """Rows of the users that a file names, int64, in its order; "all": of all users.
 
+    Args:
+      skip_unknown: leave out ids that the data set lacks.
+
+    Returns:
+      The rows, and how many ids were left out.
+
     Raises:
-      InputError: no such file, no user_id, no user, or one that the data set lacks.
+      InputError: no such file, no user_id, no user, or ids that the data set lacks.
     """
     users = recommender.catalogue.users
     if str(path) == "all":
-        return np.arange(len(users))
+        return np.arange(len(users)), 0
     try:
         if path.suffix in (".parquet", ".csv"):
             read = pl.read_parquet if path.suffix == ".parquet" else pl.read_csv
@@ -58,29 +67,42 @@ def read_users(path: pathlib.Path | str, recommender: Recommender) -> np.ndarray
         ) from error
     if not ids:
         raise InputError(f"--users {path}: names no user")
-    rows = np.empty(len(ids), np.int64)
-    for place, value in enumerate(ids):
+    rows, unknown = [], []
+    for place, value in enumerate(ids, start=1):
         try:
-            rows[place] = users.row(value.strip() if isinstance(value, str) else value)
+            rows.append(users.row(value.strip() if isinstance(value, str) else value))
+        except UnknownId:
+            unknown.append(f"'{shown(value)}' in row {place}")
         except InputError as error:
-            raise InputError(f"--users {path}, row {place + 1}: {error}") from error
-    return rows
+            raise InputError(f"--users {path}, row {place}: {error}") from error
+    if unknown and not (skip_unknown and rows):
+        some = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
+        raise InputError(
+            f"--users {path}: {len(unknown):,} of {len(ids):,} ids are of no user of the data set "
+            f"({some}): correct them" + (" or give --skip-unknown" if rows else "")
+        )
+    return np.array(rows, np.int64), len(unknown)
 
 
 def recommend_to_file(
-    recommender: Recommender, users: pathlib.Path, out: pathlib.Path, config: BulkConfig
+    recommender: Recommender,
+    users: pathlib.Path,
+    out: pathlib.Path,
+    config: BulkConfig,
+    *,
+    skip_unknown: bool = False,
 ) -> dict:
     """Writes `n` items of every user: user_id, place (from 1), item_id, logp, semantic_id.
 
     Returns:
-      Users made now, seconds they took, users made before.
+      Users made now, seconds they took, users made before, ids skipped.
 
     Raises:
       InputError: `users` cannot be read, `out` exists, or parts beside it are of other settings.
     """
     if out.exists():
         raise InputError(f"--out {out} exists: remove it or give another file")
-    rows = read_users(users, recommender)
+    rows, skipped = read_users(users, recommender, skip_unknown=skip_unknown)
     folder = out.with_name(f".{out.name}.parts")
     made_of = {
         "settings": dataclasses.asdict(config),
@@ -122,8 +144,11 @@ def recommend_to_file(
     joined.replace(out)
     shutil.rmtree(folder)
     before = f", {kept:,} were there" if kept else ""
-    print(f"{made:,} users in {seconds:.1f} s, {made / seconds:,.0f} users/s{before}; {out}")
-    return {"users": made, "seconds": seconds, "kept": kept}
+    unknown = f", {skipped:,} unknown ids skipped" if skipped else ""
+    print(
+        f"{made:,} users in {seconds:.1f} s, {made / seconds:,.0f} users/s{before}{unknown}; {out}"
+    )
+    return {"users": made, "seconds": seconds, "kept": kept, "skipped": skipped}
 
 
 def _lists(recommender: Recommender, rows: np.ndarray, config: BulkConfig) -> pl.DataFrame:

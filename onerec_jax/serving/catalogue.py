@@ -18,70 +18,18 @@ from onerec_jax.data.schema import load_dataset
 from onerec_jax.errors import InputError
 from onerec_jax.files import read_json, write_text
 from onerec_jax.run import Run
+from onerec_jax.serving.questions import Ids
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 CATALOGUE = "catalogue.json"
 
 
-class UnknownId(InputError):
-    """An id that the catalogue does not hold."""
-
-
-class IdIndex:
-    """Rows of a sorted column of ids, int64 or string; a number and its text are the same id."""
+class IdIndex(Ids):
+    """Rows of a sorted column of ids, int64 or string."""
 
     def __init__(self, ids: pl.Series, what: str):
-        self.what, self._ids = what, ids
-        self._integers = ids.dtype == pl.Int64
-        if self._integers:
-            self._values = ids.to_numpy()
-        else:
-            self._row = {value: row for row, value in enumerate(ids.to_list())}
-
-    def __len__(self):
-        return len(self._ids)
-
-    def __getitem__(self, row: int) -> int | str:
-        """The id of a row."""
-        return self._ids[int(row)]
-
-    def row(self, wanted: int | str) -> int:
-        """Row of an id.
-
-        Raises:
-          UnknownId: no such id.
-        """
-        row = self._find(wanted)
-        if row < 0:
-            # Repr: an id from outside may hold line breaks, or what cannot be printed.
-            raise UnknownId(f"the data set has no {self.what} {str(wanted)[:80]!a}")
-        return row
-
-    def rows(self, wanted) -> np.ndarray:
-        """Rows of several ids, int32."""
-        wanted = list(wanted)
-        if self._integers and all(type(value) is int and abs(value) < 2**63 for value in wanted):
-            values = np.array(wanted, np.int64)
-            rows = np.minimum(np.searchsorted(self._values, values), len(self._values) - 1)
-            if np.array_equal(self._values[rows], values):
-                return rows.astype(np.int32)
-        return np.array([self.row(value) for value in wanted], np.int32)
-
-    def _find(self, wanted) -> int:
-        if isinstance(wanted, bool) or not isinstance(wanted, int | str | np.integer):
-            raise InputError(
-                f"an id of {self.what}s is an integer or a string, not {type(wanted).__name__}"
-            )
-        if not self._integers:
-            return self._row.get(str(wanted), -1)
-        try:
-            number = int(wanted)
-        except ValueError:
-            return -1
-        if str(number) != str(wanted).strip() or not -(2**63) <= number < 2**63:
-            return -1
-        row = int(np.searchsorted(self._values, number))
-        return row if row < len(self._values) and self._values[row] == number else -1
+        self._ids = ids
+        super().__init__(ids.to_numpy() if ids.dtype == pl.Int64 else ids.to_list(), what)
 
     def like(self, prefix: str, limit: int) -> list[int | str]:
         """At most `limit` ids that begin with the prefix, in order."""

@@ -22,8 +22,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from onerec_jax.errors import InputError
+from onerec_jax.data.action_values import TIME, check_actions
+from onerec_jax.errors import InputError, shown
 from onerec_jax.generation.filter_nodes import FilterNodes
+from onerec_jax.serving.questions import Ids, check_options, is_list
 
 FORMAT = "onerec_jax export, version 1"
 BUCKETS = 64
@@ -48,11 +50,6 @@ def unpack_text(packed, row: int) -> str:
     return data[offsets[row] : offsets[row + 1]].tobytes().decode()
 
 
-def is_list(ids) -> bool:
-    """Whether these are many ids, and not one that is text."""
-    return isinstance(ids, Sequence | np.ndarray) and not isinstance(ids, str | bytes)
-
-
 class Exported:
     """An exported model with its catalogue."""
 
@@ -72,12 +69,11 @@ class Exported:
             items["leaf"],
         )
         if "id" in items:
-            ids = items["id"].tolist()
+            ids = items["id"]
         else:
             packed = items["id_bytes"], items["id_offsets"]
             ids = [unpack_text(packed, row) for row in range(len(items["leaf"]))]
-        self.ids = ids
-        self._row = {str(value): row for row, value in enumerate(ids)}
+        self.ids = Ids(ids, "item")
 
     @classmethod
     def load(cls, folder) -> "Exported":
@@ -138,33 +134,39 @@ class Exported:
           request_time_s: Unix time from which ages count; None: that of the last action.
 
         Raises:
-          InputError: an unknown item, or n or beam width beyond what was exported.
+          InputError: as of `Recommender.recommend`, or n or beam width beyond what was exported.
         """
+        if not is_list(histories):
+            raise InputError("histories is a list: a history for each list wanted")
+        check_options(
+            n=n,
+            beam_width=beam_width,
+            request_time_s=request_time_s,
+            exclude=exclude,
+            allowed=allowed,
+        )
         shapes = sorted(self._programs)
-        if n < 1 or max(n, beam_width) > max(width for _, width in shapes):
+        if max(n, beam_width) > max(width for _, width in shapes):
             raise InputError(
-                f"n {n} or beam_width {beam_width} is not between 1 and what was exported: widths "
+                f"n {n} or beam_width {beam_width} is more than was exported: widths "
                 f"{sorted({width for _, width in shapes})} (export with --widths for more)"
             )
         width = min(width for _, width in shapes if width >= max(n, beam_width))
         most = max(users for users, other in shapes if other == width)
-        for name, ids in (("histories", histories), ("exclude", exclude), ("allowed", allowed)):
-            if ids is not None and not is_list(ids):
-                raise InputError(f"{name} is {str(ids)[:40]}: give a list")
+        asked = []
         for place, history in enumerate(histories):
-            if not is_list(history):
-                raise InputError(
-                    f"history {place} is {str(history)[:40]}: give a list of items or actions; "
-                    "users of a data set are not exported"
-                )
-        excluded = self._rows(exclude)
-        subset = None if allowed is None else self._rows(allowed)
+            try:
+                asked.append(self._checked(history))
+            except InputError as error:
+                raise type(error)(f"history {place}: {error}") from error
+        excluded = self.ids.rows(exclude)
+        subset = None if allowed is None else self.ids.rows(allowed)
         size = self.manifest["filter_size"]
         if subset is not None and len(subset) > size:
             raise InputError(f"allowed names {len(subset)} items: at most {size} were exported")
         lists = []
-        for start in range(0, len(histories), most):
-            part = [self._history(h, request_time_s) for h in histories[start : start + most]]
+        for start in range(0, len(asked), most):
+            part = [self._history(*one, request_time_s) for one in asked[start : start + most]]
             users = min(u for u, other in shapes if other == width and u >= len(part))
             left_out = [
                 np.concatenate([excluded, () if include_seen else rows[::-1]]).astype(np.int64)
@@ -212,17 +214,22 @@ class Exported:
             for place in np.flatnonzero(kept)[:n]
         ]
 
-    def _rows(self, ids) -> np.ndarray:
-        try:
-            return np.array([self._row[str(value)] for value in ids], np.int64)
-        except KeyError as error:
-            raise InputError(f"the catalogue has no item {error}") from error
-
-    def _history(self, history, request_time_s) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Item rows of a history, oldest first, and its arrays `[1, …]` by name of the batch."""
-        spec, slots = self.spec, self.manifest["slots"]
+    def _checked(self, history) -> tuple[np.ndarray, list]:
+        """Item rows of a history, oldest first, and its actions."""
+        if not is_list(history):
+            raise InputError(
+                f"a history is a list of items or actions, not {shown(history)}: users of a data "
+                "set are not exported"
+            )
         actions = [x if isinstance(x, Mapping) else {"item_id": x} for x in history]
-        rows = self._rows([action.get("item_id") for action in actions])
+        rows = self.ids.rows([action.get("item_id") for action in actions])
+        timed = [TIME] if self.spec["has_time"] else []
+        check_actions(actions, timed + self.manifest["action_columns"])
+        return rows, actions
+
+    def _history(self, rows, actions, request_time_s) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A checked history: its rows, and its arrays `[1, …]` by name of the batch."""
+        spec, slots = self.spec, self.manifest["slots"]
 
         def column(name):
             values = [action.get(name) for action in actions]

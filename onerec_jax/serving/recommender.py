@@ -27,7 +27,7 @@ from onerec_jax.generation.generator import compute_copy, expand_leaves
 from onerec_jax.inputs import Batch
 from onerec_jax.run import Run
 from onerec_jax.serving.catalogue import CATALOGUE, Catalogue, open_for_serving
-from onerec_jax.serving.exported import is_list
+from onerec_jax.serving.questions import check_options
 from onerec_jax.sharding import make_mesh, put_batch, replicated
 
 PART = 64
@@ -165,18 +165,14 @@ class Recommender:
         Raises:
           InputError: unknown ids, wrong types or values; `UnknownId` for the former.
         """
-        for name, value in (("n", n), ("beam_width", beam_width)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise InputError(f"{name} is {str(value)[:40]}: give a positive integer")
-        if request_time_s is not None:
-            _check_time(request_time_s)
-        for name, ids in (
-            ("exclude", exclude),
-            ("exclude_authors", exclude_authors),
-            ("allowed", allowed),
-        ):
-            if ids is not None and not is_list(ids):
-                raise InputError(f"{name} is {str(ids)[:40]}: give a list of ids")
+        check_options(
+            n=n,
+            beam_width=beam_width,
+            request_time_s=request_time_s,
+            exclude=exclude,
+            exclude_authors=exclude_authors,
+            allowed=allowed,
+        )
         user, log = -1, None
         if isinstance(history, str | int | np.integer):
             user = self.catalogue.users.row(history)
@@ -349,8 +345,3 @@ def _texts(folder) -> list[bytes | None]:
     """The files of a run folder that say what it was trained on and what it serves."""
     paths = [pathlib.Path(folder, name) for name in ("config.json", "features.json", CATALOGUE)]
     return [path.read_bytes() if path.is_file() else None for path in paths]
-
-
-def _check_time(value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**53:
-        raise InputError(f"request_time_s is {str(value)[:40]}: give a Unix time in whole seconds")

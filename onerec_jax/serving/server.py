@@ -22,8 +22,9 @@ from typing import Annotated
 from onerec_jax.errors import InputError
 from onerec_jax.serving import schemas
 from onerec_jax.serving.batching import QueueFull
-from onerec_jax.serving.catalogue import UnknownId
 from onerec_jax.serving.config import HttpConfig
+from onerec_jax.serving.questions import UnknownId
+from onerec_jax.serving.reference import reference_page
 from onerec_jax.serving.service import NotReady, Service
 
 try:
@@ -32,6 +33,7 @@ try:
     from fastapi.concurrency import run_in_threadpool
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from starlette.datastructures import MutableHeaders
     from starlette.exceptions import HTTPException
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
@@ -42,7 +44,7 @@ PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 }
-"""The page loads nothing and talks to no one else."""
+"""The pages load nothing and talk to no one else."""
 LONG = 256
 """Actions from which a history is checked in another thread than the one that reads sockets."""
 
@@ -50,12 +52,15 @@ LONG = 256
 class Limits:
     """ASGI middleware: reads a body within its limits before the application sees it, and counts.
 
+    While the server is about to stop, every answer closes its connection, so that no client sends
+    its next request on one that is closed meanwhile.
+
     What is too large is read to its end (and thrown away), for a client that is still sending does
     not listen; a client that is too slow for that finds the connection closed.
     """
 
-    def __init__(self, app, *, config: HttpConfig, metrics):
-        self.app, self.config, self.metrics = app, config, metrics
+    def __init__(self, app, *, config: HttpConfig, service: Service):
+        self.app, self.config, self.service = app, config, service
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -65,6 +70,9 @@ class Limits:
         async def counted(message):
             nonlocal status
             status = message.get("status", status)
+            if message["type"] == "http.response.start" and self.service.stopping:
+                headers = MutableHeaders(scope=message)
+                headers["Connection"] = "close"
             await send(message)
 
         try:
@@ -85,8 +93,9 @@ class Limits:
             await self.app(scope, replay, counted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, status).inc()
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
+            metrics = self.service.metrics
+            metrics.requests.labels(route, status).inc()
+            metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
     async def _read(self, receive):
         """An answer that refuses, or the body; neither if the client is gone."""
@@ -132,6 +141,7 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
         title="onerec_jax",
         summary="Recommendations of one trained run",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
         responses={
             status: {"model": schemas.Error, "description": what}
@@ -144,7 +154,7 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
             }.items()
         },
     )
-    app.add_middleware(Limits, config=config, metrics=service.metrics)
+    app.add_middleware(Limits, config=config, service=service)
     unknown = {404: {"model": schemas.Error, "description": "Unknown id"}}
     request_model = schemas.request_models(service.config)
     Limit = Annotated[int, Query(ge=1, le=100)]
@@ -181,6 +191,10 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page():
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs():
+        return HTMLResponse(reference_page(app.openapi()), headers=PAGE_HEADERS)
 
     @app.get("/healthz", response_model=schemas.Status)
     async def health():
@@ -285,8 +299,10 @@ def query_of(service: Service, recommender, body):
 class Server(uvicorn.Server):
     """Uvicorn on a socket of its own, with a service that gets ready beside it."""
 
-    def __init__(self, service: Service, config: HttpConfig):
+    def __init__(self, service: Service, config: HttpConfig, on_ready=lambda url: None):
+        """`on_ready` is called once with the address, when requests are answered there."""
         self.service, self.http, self.failure = service, config, None
+        self._on_ready = on_ready
         try:
             family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
             self.socket = socket.create_server((config.host, config.port), family=family)
@@ -337,6 +353,7 @@ class Server(uvicorn.Server):
     def _start(self) -> None:
         try:
             self.service.start()
+            self._on_ready(self.url)
         except Exception as error:
             self.failure, self.should_exit = error, True
 

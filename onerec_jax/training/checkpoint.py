@@ -4,18 +4,28 @@ A checkpoint holds the model (`params`, `router`), the optimizer, in post-traini
 items are drawn with, and a JSON note (early stopping). Each is an item of its own, so that
 evaluation and serving read the model alone. The data position is the step itself: batch k is a
 function of the seed and k. Orbax makes a step visible only once it is whole.
+
+Orbax has checksums of its tables and none of the weights, so that a bit that flips on a disk would
+go unnoticed: the note holds a digest of every leaf, made and checked on the device.
 """
 
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from onerec_jax.distributed import fetch
 from onerec_jax.errors import InputError
+from onerec_jax.training.quiet import first_cause, quiet
 from onerec_jax.training.step import TrainState
 
 _training = ocp.training
+
+DIGESTS = "digests"
+"""Of the note: by item, a number for each leaf."""
 
 
 class Checkpoints:
@@ -29,17 +39,25 @@ class Checkpoints:
         """
         self.folder = pathlib.Path(folder)
         policies = _training.preservation_policies
-        self._checkpointer = _training.Checkpointer(
-            self.folder.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(1),
-                    # Of equal scores the earliest, as `Progress.best_step` has it.
-                    policies.BestN(get_metric_fn=lambda m: (m[metric], -m["step"]), n=1),
-                ]
-            ),
-            cleanup_tmp_directories=cleanup,
+        kept = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                # Of equal scores the earliest, as `Progress.best_step` has it.
+                policies.BestN(get_metric_fn=lambda m: (m[metric], -m["step"]), n=1),
+            ]
         )
+        try:
+            with quiet():
+                self._checkpointer = _training.Checkpointer(
+                    self.folder.absolute(),
+                    preservation_policy=kept,
+                    cleanup_tmp_directories=cleanup,
+                )
+        except Exception as error:  # it reads the scores of all steps
+            raise InputError(
+                f"{self.folder} cannot be read ({_line(error)}): a step in it is damaged, delete "
+                "that step's folder"
+            ) from error
         self._writing = None
 
     @property
@@ -53,17 +71,19 @@ class Checkpoints:
         """Takes a copy of one step and writes it while the caller goes on; see `wait`.
 
         Args:
-          note: JSON, returned by `load_note`.
+          note: JSON, returned by `load_note`; must not hold "digests".
           score: higher is better.
         """
         self.wait()
+        items = _items(state)
+        digests = {name: _digests(item) for name, item in items.items()}
         self._writing = self._checkpointer.save_checkpointables_async(
             int(state.step),
-            _items(state),
+            items,
             force=True,
             overwrite=True,
             metrics={"score": score, "step": int(state.step)},
-            custom_metadata=note,
+            custom_metadata=note | {DIGESTS: digests},
         )
 
     def wait(self) -> None:
@@ -75,8 +95,15 @@ class Checkpoints:
     def load_note(self, step: int | None = None) -> dict[str, Any]:
         """The note of a step (None: the latest)."""
         self.wait()
+        return {name: x for name, x in self._note(step).items() if name != DIGESTS}
+
+    def _note(self, step) -> dict[str, Any]:
         try:
-            return self._checkpointer.metadata(step).custom_metadata
+            with quiet():
+                note = self._checkpointer.metadata(step).custom_metadata
+                if not note:  # Orbax only logs what it cannot parse
+                    raise ValueError("its metadata is missing or damaged")
+                return note
         except Exception as error:  # as in `_load`
             raise self._unreadable(step, error) from error
 
@@ -84,7 +111,7 @@ class Checkpoints:
         """State of a step (None: the latest), onto the shardings of `abstract`.
 
         Raises:
-          InputError: the checkpoint belongs to another model.
+          InputError: the checkpoint belongs to another model, or is damaged.
         """
         loaded = self._load(step, _items(abstract))
         model = loaded["model"]
@@ -106,8 +133,11 @@ class Checkpoints:
         if self.latest is None:
             raise InputError(f"{self.folder} holds no checkpoint: run experiments.pretrain first")
         try:
-            _check_shapes(self, step, abstract["model"])
-            return self._checkpointer.load_checkpointables(step, abstract)
+            with quiet():
+                _check_shapes(self, step, abstract["model"])
+                loaded = self._checkpointer.load_checkpointables(step, abstract)
+                _check_digests(loaded, self._note(step).get(DIGESTS, {}))
+                return loaded
         except InputError:
             raise
         except Exception as error:  # Orbax and TensorStore raise whatever a damaged file meets
@@ -115,10 +145,9 @@ class Checkpoints:
 
     def _unreadable(self, step, error: Exception) -> InputError:
         which = f"step {self.latest if step is None else step}"
-        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return InputError(
-            f"checkpoint {which} in {self.folder} cannot be read ({line}): delete its folder to "
-            "go on from an earlier one, or take another run"
+            f"checkpoint {which} in {self.folder} cannot be read ({_line(error)}): delete its "
+            "folder to go on from an earlier one, or take another run"
         )
 
     def close(self) -> None:
@@ -126,10 +155,52 @@ class Checkpoints:
         self._checkpointer.close()
 
 
+def _line(error: Exception) -> str:
+    """What went wrong first, on one line."""
+    cause = first_cause(error)
+    return (str(cause).splitlines() or [type(cause).__name__])[0][:200]
+
+
 def _items(state: TrainState) -> dict:
     """What is saved, by name."""
     items = {"model": state.variables, "optimizer": state.opt_state}
     return items | ({"sampler": state.sampler} if state.sampler else {})
+
+
+def _digests(tree) -> list[int]:
+    """Of each leaf the sum of its bits, read as unsigned integers, modulo 2^32.
+
+    The order of a sum of integers does not matter, so that every mesh finds the same; one flipped
+    bit always changes it.
+    """
+    leaves = jax.tree.leaves(tree)
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        # Five times as fast as XLA, and nothing is copied.
+        return [int(_sum_of_bits(np.asarray(x).reshape(-1), np.ndarray.view)) for x in leaves]
+    return fetch(_on_device(leaves)).tolist()
+
+
+@jax.jit
+def _on_device(leaves):
+    bitcast = jax.lax.bitcast_convert_type
+    return jnp.stack([_sum_of_bits(jnp.asarray(x), bitcast) for x in leaves])
+
+
+def _sum_of_bits(x, bitcast):
+    x = x.astype(np.uint8) if x.dtype == bool else x
+    return bitcast(x, np.dtype(f"uint{8 * x.dtype.itemsize}")).sum(dtype=np.uint32)
+
+
+def _check_digests(loaded: dict, stored: dict) -> None:
+    """Compares what was loaded; checkpoints without digests pass."""
+    for item, tree in loaded.items():
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        if item not in stored:
+            continue
+        for (path, _), one, other in zip(leaves, _digests(tree), stored[item], strict=True):
+            if one != other:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(f"{item}/{name} differs from what was saved")
 
 
 def _check_shapes(checkpoints: Checkpoints, step, abstract_variables) -> None:

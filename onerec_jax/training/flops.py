@@ -99,18 +99,26 @@ def _decoder_macs(cfg: ModelConfig, tokens, positions):
 
 
 def generation_flops(
-    cfg: ModelConfig, spec: FeatureSpec, width: int, lengths: dict | None = None
+    cfg: ModelConfig,
+    spec: FeatureSpec,
+    width: int,
+    lengths: dict | None = None,
+    *,
+    independent: bool = False,
 ) -> dict[str, int | np.ndarray]:
     """FLOPs of one user's search with `width` beams, by part; arguments as `forward_flops`.
 
     The first level is one row, a later one as many as there are beams before it.
+
+    Args:
+      independent: `width` independent draws, a row each from the second level on, alike or not.
     """
     parts, rows = forward_flops(cfg, spec, 0, lengths), 1
     tokens = encoder_tokens(cfg, spec, _lengths(cfg, lengths))
     for level in range(spec.levels):
         parts["decoder"] = parts["decoder"] + 2 * rows * _decoder_macs(cfg, tokens, level + 1)
         parts["heads"] = parts["heads"] + 2 * rows * cfg.d_model * spec.codebook_size
-        rows = min(width, rows * spec.codebook_size)
+        rows = width if independent else min(width, rows * spec.codebook_size)
     return {name: flops if np.ndim(flops) else int(flops) for name, flops in parts.items()}
 
 

@@ -83,6 +83,38 @@ def step_memory(
     )
 
 
+def policy_memory(
+    cfg: ModelConfig,
+    spec: FeatureSpec,
+    tx,
+    mesh: MeshConfig,
+    *,
+    users: int,
+    accumulate: int = 1,
+    rollout_users: int,
+    group: int,
+    parts: int = 1,
+) -> Memory:
+    """Memory of a joint step of post-training; other arguments as `step_memory`.
+
+    The policy that draws lies beside the one that learns, and the gradients of the groups beside
+    those of supervised fine-tuning, in parts also the sum so far; activations are of the larger of
+    both.
+
+    Args:
+      rollout_users: users with rollouts, over all devices, in `parts`.
+      group: items drawn for each.
+    """
+    tuned = step_memory(cfg, spec, tx, mesh, users=users, accumulate=accumulate)
+    drawn = step_memory(cfg, spec, tx, mesh, users=rollout_users, targets=group, accumulate=parts)
+    return Memory(
+        2 * drawn.parameters,
+        drawn.optimizer,
+        (2 + (parts > 1)) * drawn.gradients,
+        max(tuned.activations, drawn.activations),
+    )
+
+
 def user_activations(cfg: ModelConfig, spec: FeatureSpec, *, targets: int = 1) -> int:
     """Bytes that the backward pass needs of one user with full histories."""
     d, f = cfg.d_model, cfg.ff_dim

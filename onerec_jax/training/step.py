@@ -13,7 +13,7 @@ from onerec_jax.inputs import Batch
 from onerec_jax.losses.ntp import mean_over_targets, ntp_loss
 from onerec_jax.models.moe import max_violation, update_router_bias
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.sharding import BATCH, on_mesh, replicated, shardings_of, split_over_data
+from onerec_jax.sharding import BATCH, deal, on_mesh, replicated, shardings_of, split_over_data
 
 
 @struct.dataclass
@@ -66,12 +66,8 @@ def gradients(params, router, batch: Batch, key, *, model: OneRec):
 def accumulated(params, router, batch: Batch, key, *, model: OneRec, parts: int):
     """`gradients` of a batch in parts, one after the other: less memory, the same step.
 
-    Users are dealt to the parts in turn, so that every device keeps its own. The parts' losses
-    count by their targets, and loads are summed before the router sees them.
+    The parts' losses count by their targets, and loads are summed before the router sees them.
     """
-
-    def deal(x):
-        return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def compute(number, batch):
         here = jax.random.fold_in(key, number)
@@ -83,7 +79,7 @@ def accumulated(params, router, batch: Batch, key, *, model: OneRec, parts: int)
         return jax.tree.map(jnp.add, carry, compute(*part)), None
 
     total = batch.target_count.sum()
-    dealt = jnp.arange(parts), jax.tree.map(deal, batch)
+    dealt = jnp.arange(parts), deal(batch, parts)
     shapes = jax.eval_shape(compute, *jax.tree.map(lambda x: x[0], dealt))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, level, stats), _ = jax.lax.scan(add, zeros, dealt)

@@ -226,6 +226,7 @@ def test_flags_that_fit_nothing(posted, runs, tmp_path, refused):
     cases = {
         "--rollout.group 1": ["--rollout.group", 1],
         "--format.k 7 items of groups of 6": ["--format.k", 7],
+        "--rollout.parts 999: 999 users would get rollouts": ["--rollout.parts", 999],
         "--objective fun: ": ["--objective", "fun"],
         "--rl-share 0.0": ["--rl-share", 0],
         "--rsft-drop 1.0": ["--rsft-drop", 1],

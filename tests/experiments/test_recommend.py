@@ -110,6 +110,7 @@ def test_more_than_the_catalogue(trained, capsys):
         (["--user", "u1", "--n", "0"], ["--n"]),
         (["--user", "u1", "--beam-width", "0"], ["--beam-width"]),
         (["--users", "all"], ["--users", "--out"]),
+        (["--user", "u1", "--skip-unknown"], ["--skip-unknown", "--users"]),
         (["--user", "u1", "--out", "x.parquet"], ["--users", "--out"]),
         (
             ["--users", "nowhere.txt", "--out", "x.parquet"],

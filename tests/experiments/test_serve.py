@@ -7,6 +7,7 @@ import socket
 import time
 
 import httpx
+import pytest
 from conftest import start
 
 from experiments import serve
@@ -49,6 +50,15 @@ def test_until_sigterm(trained):
         assert "Traceback" not in err
     finally:
         process.kill()
+
+
+def test_no_address_before_there_is_an_answer(tmp_path, capfd):
+    """A run folder that is wrong is an error and nothing else."""
+    with pytest.raises(SystemExit):
+        run([tmp_path, "--http.port", 0])
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
 
 
 def test_what_cannot_be_served(trained, copied, refused, tmp_path):

@@ -107,3 +107,19 @@ def test_settings_that_fit_nothing():
     }.items():
         with pytest.raises(InputError, match=message):
             RolloutConfig(**values)
+
+
+def test_log_probabilities_in_parts_are_the_same(made):
+    model, variables, batch, _ = made
+    batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch)
+    rng = np.random.default_rng(0)
+    sid = rng.integers(0, model.spec.codebook_size, (2 * USERS, GROUP, model.spec.levels))
+    sid = sid.astype(np.int32)
+    whole, parted = (
+        helpers.quick_jit(functools.partial(policy_log_probs, model, parts=parts))(
+            variables, batch, sid
+        )
+        for parts in (1, USERS)
+    )
+    for one, other in zip(whole, parted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -152,3 +152,13 @@ def test_log_probs_and_entropy_by_hand():
 def test_bounds(values):
     with pytest.raises(InputError, match=f"--policy.{next(iter(values))}"):
         PolicyConfig(**values)
+
+
+def test_losses_of_parts_add_up():
+    logp, old, advantage, valid = inputs()
+    whole, _ = policy_loss(logp, old, advantage, valid, ECPO)
+    parts = [
+        policy_loss(*(x[b : b + 1] for x in (logp, old, advantage, valid)), ECPO, count=valid.sum())
+        for b in range(B)
+    ]
+    np.testing.assert_allclose(sum(loss for loss, _ in parts), whole, rtol=1e-6)

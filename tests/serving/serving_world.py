@@ -31,6 +31,39 @@ SETTINGS = {
     "train": {"steps": 9, "patience": 0},
 }
 
+BAD_QUESTIONS = [
+    ([1, 999], {}, "no item '999'"),
+    ([1, "\ud800\n"], {}, "no item '\\ud800\\n'"),
+    ([True], {}, "not bool"),
+    ([None], {}, "not NoneType"),
+    ([{"rating": 3}], {}, "not NoneType"),
+    ([{"item_id": 3, "stars": 3}], {}, "action 0 of the history: stars"),
+    ([{"item_id": 3, "follow": 1}], {}, "follow: the model knows time_s, rating"),
+    ([3, {"item_id": 3, "rating": float("nan")}], {}, "action 1 of the history: rating"),
+    ([{"item_id": 3, "like": 2}], {}, "like is '2': give 0 or 1"),
+    ([{"item_id": 3, "time_s": 1.5}], {}, "time_s"),
+    ([{"item_id": 3, "time_s": -1}], {}, "time_s"),
+    ([{"item_id": 3, "time_s": float("nan")}], {}, "time_s"),
+    ([{"item_id": 3, "time_s": 5}, 3], {}, "action 1 of the history has no time_s"),
+    ([{"item_id": 3, "time_s": 5}, {"item_id": 3, "time_s": 4}], {}, "order of time_s"),
+    ([], {"n": 0}, "n is 0"),
+    ([], {"n": -1}, "n is -1"),
+    ([], {"n": 2.0}, "n is 2.0"),
+    ([], {"n": True}, "n is True"),
+    ([], {"beam_width": 0}, "beam_width is 0"),
+    ([], {"beam_width": "8"}, "beam_width is 8"),
+    ([], {"request_time_s": -5}, "request_time_s is -5"),
+    ([], {"exclude": [999]}, "no item '999'"),
+    ([], {"allowed": ["x"]}, "no item 'x'"),
+    ([{"item_id": 3, "a\nb": 3}], {}, "a\\nb: the model knows"),
+    ([{"item_id": 3, "rating": "5"}], {}, "rating is '5': give a number"),
+    ([{"item_id": 3, "playtime_s": -1}], {}, "playtime_s is '-1': give seconds"),
+    ([{"item_id": 3, "time_s": 10**400}], {}, "time_s"),
+    ([], {"n": "1\n"}, "n is 1\\n"),
+    ([], {"exclude": "12"}, "exclude is 12: give a list of ids"),
+]
+"""History, options, and words of what a run and its export say of them."""
+
 
 def titled(dataset: Dataset) -> Dataset:
     """The data set with titles: "Item 07", every fifth without one, one with markup in it."""

@@ -74,11 +74,34 @@ def test_a_killed_run_goes_on(recommender, tmp_path, monkeypatch, capsys):
     check(recommender, out, list(range(serving_world.USERS)))
 
 
+def test_unknown_users_are_skipped_on_request(recommender, tmp_path, capsys):
+    path, out = tmp_path / "users.txt", tmp_path / "out.parquet"
+    path.write_text("5\nnobody\n0\n99")
+    done = recommend_to_file(recommender, path, out, CONFIG, skip_unknown=True)
+    assert (done["users"], done["skipped"]) == (2, 2)
+    assert "2 unknown ids skipped" in capsys.readouterr().out
+    check(recommender, out, [5, 0])
+    path.write_text("98\n99")
+    with pytest.raises(InputError, match="2 of 2 ids") as error:
+        recommend_to_file(recommender, path, tmp_path / "none.parquet", CONFIG, skip_unknown=True)
+    assert "--skip-unknown" not in str(error.value)
+    path = tmp_path / "users.parquet"
+    pl.DataFrame({"user_id": [5, None]}).write_parquet(path)
+    with pytest.raises(InputError, match="row 2: an id of users is an integer"):
+        recommend_to_file(recommender, path, tmp_path / "none.parquet", CONFIG, skip_unknown=True)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "names no user"),
-        ("1\n99", "row 2: the data set has no user '99'"),
+        (
+            "1\n99",
+            "1 of 2 ids are of no user of the data set ('99' in row 2): correct them or give",
+        ),
+        ("x\n1\n99\nü\n98", "4 of 5 ids are of no user"),
+        ("x\n1\n99\nü\n98", "('x' in row 1, '99' in row 3, '\\xfc' in row 4, …)"),
+        ("98\n99", "('98' in row 1, '99' in row 2): correct them"),
         (b"\xff\xfe", "cannot be read"),
         (None, "cannot be read"),
     ],

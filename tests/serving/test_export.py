@@ -49,7 +49,7 @@ def test_features_are_those_of_the_library(recommender, exported):
     for now in (None, 2_000_000):
         for history in histories(recommender.run.dataset):
             batch, _ = recommender.gather([recommender.query(history, request_time_s=now)])
-            _, found = exported._history(history, now)
+            _, found = exported._history(*exported._checked(history), now)
             leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
             for path, leaf in leaves:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -110,20 +110,34 @@ def test_text_survives(exported):
     assert [unpack_text(packed, row) for row in range(5)] == [*texts[:4], "?"]
 
 
+@pytest.mark.parametrize(("history", "options", "words"), serving_world.BAD_QUESTIONS)
+def test_bad_questions_are_refused_as_by_the_library(
+    recommender, exported, history, options, words
+):
+    messages = []
+    for one in (recommender, exported):
+        with pytest.raises(InputError) as error:
+            one.recommend([[3], history], **options)
+        place = "history 0: " if options else ""  # each of a run's histories has its options
+        messages.append((type(error.value), str(error.value).removeprefix(place)))
+    assert messages[0] == messages[1]
+    assert words in messages[0][1]
+
+
 @pytest.mark.parametrize(
-    ("history", "options", "words"),
+    ("histories", "options", "words"),
     [
-        ([999], {}, "no item '999'"),
-        ([], {"n": 0}, "n 0"),
-        ([], {"n": 13}, "n 13"),
-        ([], {"beam_width": 10**9}, "beam_width 1000000000"),
-        ([], {"exclude": ["x"]}, "no item 'x'"),
-        ([], {"allowed": [1] * 65}, "allowed names 65 items"),
+        ([[]], {"n": 13}, "n 13"),
+        ([[]], {"beam_width": 10**9}, "beam_width 1000000000"),
+        ([[]], {"allowed": [1] * 65}, "allowed names 65 items"),
+        ([[], "3"], {}, "history 1: a history is a list of items or actions, not 3"),
+        ([3], {}, "users of a data set are not exported"),
+        ("3", {}, "histories is a list"),
     ],
 )
-def test_bad_questions(exported, history, options, words):
+def test_what_was_not_exported(exported, histories, options, words):
     with pytest.raises(InputError) as error:
-        exported.recommend([history], **options)
+        exported.recommend(histories, **options)
     assert words in str(error.value)
 
 

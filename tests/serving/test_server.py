@@ -3,7 +3,10 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import html.parser
+import http.client
 import importlib
+import json
 import socket
 import sys
 import threading
@@ -109,6 +112,45 @@ def test_requests_at_once_get_what_each_gets_alone(server):
         assert [x["item_id"] for x in one["items"]] == [x["item_id"] for x in other["items"]]
         for x, y in zip(one["items"], other["items"], strict=True):
             assert x["logp"] == pytest.approx(y["logp"], rel=1e-5)
+
+
+def test_docs_name_every_operation_and_schema_and_load_nothing(server):
+    answer, openapi = get(server, "/docs"), get(server, "/openapi.json").json()
+    assert answer.headers["Content-Type"].startswith("text/html")
+    found = Outline()
+    found.feed(answer.text)
+    operations = [
+        f"{method.upper()} {path}"
+        for path, methods in openapi["paths"].items()
+        for method in methods
+    ]
+    assert len(operations) == 9
+    assert found.texts["code"] == operations
+    assert set(openapi["components"]["schemas"]) == found.ids
+    assert {link for link in found.links if link.startswith("#")} <= {f"#{x}" for x in found.ids}
+    assert "#Error" in found.links
+    assert not {"script", "link", "img", "iframe"} & found.tags
+    assert "http" not in "".join(found.links)
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags, ids, links, and the text of each kind of tag."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.ids, self.links, self.texts = set(), set(), [], {}
+
+    def handle_starttag(self, tag, attrs):
+        attrs, self.last = dict(attrs), tag
+        self.tags.add(tag)
+        self.ids |= {attrs["id"]} if "id" in attrs else set()
+        self.links += [attrs[name] for name in ("href", "src") if name in attrs]
+
+    def handle_data(self, data):
+        self.texts.setdefault(self.last, []).append(data)
+
+    def handle_endtag(self, tag):
+        self.last = None
 
 
 def values(server) -> dict[str, float]:
@@ -392,6 +434,32 @@ def test_a_newer_checkpoint_and_a_newer_catalogue_fail_no_request(copied, tmp_pa
         assert values(server)['onerec_reloads_total{result="loaded"}'] == 3
         recommend(server, user_id=1, n=2)
         wait_for(lambda: values(server)['onerec_unmasked_ids_total{exists="true"}'] > 0)
+
+
+def test_while_draining_every_answer_closes_its_connection(server, monkeypatch):
+    """So that a client that keeps connections finds out before it sends the next request."""
+    body = b'{"user_id": 1, "n": 2}'
+    requests = [
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /v1/nothing HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body),
+    ]
+    sockets = [connect(server) for _ in requests]
+    for one, request in zip(sockets, requests, strict=True):
+        answer = http.client.HTTPResponse(one)
+        one.sendall(request)
+        answer.begin()
+        assert answer.getheader("Connection") is None
+        assert answer.read()
+    monkeypatch.setattr(server.service, "stopping", True)
+    for one, request in zip(sockets, requests, strict=True):
+        one.sendall(request)  # on the connection that was kept
+        answer = b"".join(iter(lambda one=one: one.recv(1000), b""))  # to its end
+        head, _, content = answer.partition(b"\r\n\r\n")
+        assert b"connection: close" in head.lower()
+        assert json.loads(content)
+        one.close()
 
 
 def test_stopping_answers_what_was_taken(served):

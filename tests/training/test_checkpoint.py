@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from onerec_jax.errors import InputError
 from onerec_jax.sharding import make_mesh
+from onerec_jax.training import checkpoint
 from onerec_jax.training.checkpoint import Checkpoints
 from onerec_jax.training.step import TrainState
 
@@ -216,3 +217,62 @@ def test_a_save_under_way_is_waited_for(tmp_path, mesh):
     chex.assert_trees_all_equal(jax.device_get(restored), expected)
     checkpoints.close()
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"10", "30"}
+
+
+# ---------------------------------------------------------------------------------------- damage
+
+
+def stored(folder, leaf):
+    """The file of a step that holds an array, and where in it."""
+    wanted = leaf.tobytes()[:64]
+    found = {path: path.read_bytes().find(wanted) for path in folder.rglob("d/*")}
+    ((path, place),) = [(path, place) for path, place in found.items() if place >= 0]
+    return path, place
+
+
+def flip(path, place, bit=0):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_a_flipped_bit_is_refused_by_name(opened, mesh, what):
+    """Nothing else could tell: the value is a number as any other."""
+    state, checkpoints = make_state(mesh, step=10), opened()
+    # Small arrays lie in Orbax's tables, which have checksums, and what compresses is not found.
+    leaf = np.random.default_rng(1).integers(0, 2**31, (100, 100), np.int32)
+    tree = state.params if what == "model" else state.opt_state[0]
+    tree["heads"] = jax.device_put(leaf, tree["heads"].sharding)
+    checkpoints.save(state, note={}, score=0.0)
+    flip(*stored(checkpoints.folder / "10", leaf))
+    again = opened()
+    with pytest.raises(InputError, match=rf"{what}/.*heads differs from what was saved"):
+        again.restore(abstract(state))
+    if what == "optimizer":  # which serving does not read
+        variables = again.restore_model(abstract(state).variables)
+        chex.assert_trees_all_equal(jax.device_get(variables), jax.device_get(state.variables))
+
+
+def test_checkpoints_without_digests_are_read(opened, mesh):
+    state, checkpoints = make_state(mesh, step=10), opened()
+    checkpoints.save(state, note={"a": 1}, score=0.0)
+    path = checkpoints.folder / "10" / "_CHECKPOINT_METADATA"
+    table = json.loads(path.read_text())
+    del table["custom_metadata"]["digests"]
+    path.write_text(json.dumps(table))
+    again = opened()
+    chex.assert_trees_all_equal(jax.device_get(again.restore(abstract(state))), state)
+    assert again.load_note() == {"a": 1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
+def test_digests_of_device_and_host_agree(mesh, dtype):
+    rng = np.random.default_rng(0)
+    host = (rng.standard_normal((8, 6)) * 100).astype(jax.numpy.dtype(dtype))
+    on_mesh = jax.device_put(host, NamedSharding(mesh, P("data")))
+    (found,) = checkpoint._on_device([on_mesh]).tolist()
+    bits = host.view(f"uint{8 * host.dtype.itemsize}").ravel().tolist()
+    assert found == sum(bits) % 2**32
+    assert checkpoint._digests([on_mesh]) == [found]
+    assert checkpoint._digests({"a": 3, "b": np.float32(0)}) == [3, 0]

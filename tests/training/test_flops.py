@@ -11,6 +11,8 @@ import pytest
 from helpers import bare_spec, full_spec, random_batch, tiny_config
 
 from onerec_jax.config import PRESETS
+from onerec_jax.generation.beam import beam_search
+from onerec_jax.generation.sampling import sample
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.tokenizer.build import TokenizerConfig
 from onerec_jax.training.flops import (
@@ -97,6 +99,34 @@ def test_forward_against_the_compiler(changes):
     assert 0.85 < counted / cost["flops"] <= 1.0
 
 
+def test_many_targets_a_user_against_the_compiler():
+    """Teacher forcing over a group of items, as post-training does."""
+    cfg, spec, users, group = dense(), bare_spec(codebook_size=64), 4, 24
+    model, batch = OneRec(cfg, spec), random_batch(cfg, bare_spec(), users, targets=group)
+    variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
+    cost = jax.jit(model.apply).lower(variables, batch).cost_analysis()
+    counted = sum(forward_flops(cfg, spec, group).values()) * users
+    assert 0.85 < counted / cost["flops"] <= 1.0
+
+
+@pytest.mark.parametrize("method", ["beam", "sample"])
+def test_rollouts_against_the_compiler(method):
+    """XLA also counts what chooses codes; more of it than of models whose products are larger."""
+    cfg, spec, users, group = dense(d_model=256, ff_dim=1024), bare_spec(codebook_size=32), 4, 24
+    model, batch = OneRec(cfg, spec), random_batch(cfg, bare_spec(), users)
+    variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
+    keys = jax.random.split(jax.random.key(0), users)
+
+    def draw(variables, batch):
+        if method == "beam":
+            return beam_search(model, variables, batch, width=group)
+        return sample(model, variables, batch, keys, count=group)
+
+    cost = jax.jit(draw).lower(variables, batch).cost_analysis()
+    parts = generation_flops(cfg, spec, group, independent=method == "sample")
+    assert 0.85 < sum(parts.values()) * users / cost["flops"] <= 1.0
+
+
 def test_one_layer_each_by_hand():
     """D 4, one token of history and three codes: small enough to count every product."""
     cfg = tiny_config(
@@ -178,6 +208,8 @@ def test_generation_by_hand(width):
     experts = d * 8 + 2 * 3 * d * 12
     layer = [6 * d * d + 2 * tokens * d + 2 * seen * d + experts for seen in (1, 2, 3)]
     assert found["decoder"] == keys + 2 * layers * np.dot(rows, layer)
+    drawn = generation_flops(cfg, spec, width, independent=True)
+    assert drawn["heads"] == 2 * (1 + 2 * width) * 16 * 5
     lengths = {"short": [4, 1], "positive": [3, 0], "lifelong": [6, 0]}
     users = generation_flops(cfg, spec, width, lengths)
     assert {name: flops[0] for name, flops in users.items()} == found

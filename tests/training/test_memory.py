@@ -8,7 +8,13 @@ import pytest
 from onerec_jax.errors import InputError
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import MeshConfig
-from onerec_jax.training.memory import Memory, check_fits, step_memory, user_activations
+from onerec_jax.training.memory import (
+    Memory,
+    check_fits,
+    policy_memory,
+    step_memory,
+    user_activations,
+)
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 CFG, SPEC = helpers.tiny_config(), helpers.full_spec(codebook_size=8)
@@ -58,6 +64,22 @@ def test_activations_are_what_autodiff_keeps():
     back = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
     kept = sum(4 * x.size for x in jax.tree.leaves(back) if x.shape[:1] in ((users,), (2, users)))
     assert 0.5 < user_activations(CFG, SPEC) * users / max(kept, 1) < 4
+
+
+def test_a_joint_step_holds_two_policies_and_two_gradients():
+    tx, mesh = make_optimizer(OptimizerConfig(), 100), MeshConfig()
+    sizes = {"users": 8, "rollout_users": 4, "group": 16}
+    found, tuned = policy_memory(CFG, SPEC, tx, mesh, **sizes), memory()
+    assert found.parameters == 2 * tuned.parameters
+    assert found.gradients == 2 * tuned.gradients
+    assert found.optimizer == tuned.optimizer
+    assert found.activations == memory(users=4, targets=16).activations > tuned.activations
+    parted = policy_memory(CFG, SPEC, tx, mesh, **sizes, parts=2)
+    assert parted.activations == memory(users=2, targets=16).activations
+    assert parted.gradients == 3 * tuned.gradients
+    sizes |= {"users": 512}
+    found = policy_memory(CFG, SPEC, tx, mesh, **sizes, accumulate=2)
+    assert found.activations == memory(users=256).activations
 
 
 def test_a_state_that_does_not_fit():
