@@ -1,9 +1,9 @@
 """OneRec: `p(semantic ID of the next item | user)` as one pure function.
 
-OneRec Technical Report (arXiv 2506.13695), section 2.2: V1, point-wise. With `session_items` m above
-1 it is `p(list of m IDs | user)`, as V0 has it (arXiv 2502.18965, section 3.3): BOS and the codes of
-an item, m times one after the other. Logits are float32; everything between the embeddings and the
-heads runs in the model's `dtype`.
+OneRec Technical Report (arXiv 2506.13695), section 2.2: V1, point-wise. With `session_items` m
+above 1 it is `p(list of m IDs | user)`, as V0 has it (arXiv 2502.18965, section 3.3): BOS and the
+codes of an item, m times one after the other. Logits are float32; everything between the embeddings
+and the heads runs in the model's `dtype`.
 """
 
 import flax.linen as nn

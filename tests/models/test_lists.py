@@ -94,8 +94,8 @@ def test_several_lists_share_a_user():
 
 
 def test_targets_must_be_lists():
+    batch = BATCH.replace(target=np.zeros((USERS, 4, L), np.int32))
     with pytest.raises(ValueError, match="4 targets are no lists of 3 items"):
-        batch = BATCH.replace(target=np.zeros((USERS, 4, L), np.int32))
         jax.eval_shape(MODEL.apply, variables(), batch)
 
 
