@@ -106,7 +106,8 @@ class Generator:
         )
 
         def loss(variables, batch):
-            return ntp_loss(model.apply(variables, batch), batch.target)[:, 0]
+            # Of M targets all are counted: one, or the items of a list.
+            return ntp_loss(model.apply(variables, batch), batch.target).mean(1)
 
         self._loss = jax.jit(on_mesh(loss, mesh))
 
@@ -174,13 +175,14 @@ class Generator:
             yield jax.tree.map(lambda x, real=real: x[:real], found)
 
     def rank(self, variables, builder, examples, *, n=10, seen=None) -> Generated:
-        """Ranks the target of every example among all items.
+        """Ranks the target of every example (of a list the first item) among all items.
 
         Args:
           seen: item rows to leave out, one array an example; None keeps every item.
         """
         log = builder.log
-        targets = log.item[log.offsets[examples.user] + examples.position]
+        first = log.offsets[examples.user] + examples.position
+        targets = log.item[first if examples.rows is None else examples.rows[:, 0]]
         leaves = [beams.leaf for beams in self.beams(variables, builder, examples)]
         leaf = np.concatenate(leaves)
         if seen is None:
@@ -195,7 +197,7 @@ class Generator:
         )
 
     def loss(self, variables, builder, examples) -> np.ndarray:
-        """NTP loss of every example's first target, float32 `[U, levels]`, nats."""
+        """NTP loss of every example's target, or mean of a list's items, float32 `[U, levels]`."""
         parts = [
             fetch(self._loss(variables, batch))[:real]
             for batch, real in self._batches(builder, examples)
