@@ -65,6 +65,7 @@ class SessionRule:
     """Seconds without an action after which a session ends, where the log names no sessions."""
 
     def __post_init__(self):
+        object.__setattr__(self, "actions", tuple(self.actions))  # JSON gives lists
         require_at_least(self, "sessions.", items=1, min_watched=0, effective_view_s=0, gap_s=1)
         if self.min_watch_s is not None:
             require_at_least(self, "sessions.", min_watch_s=0)
