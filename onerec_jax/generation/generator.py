@@ -16,6 +16,7 @@ from onerec_jax.distributed import fetch, local_share
 from onerec_jax.evaluation.ranking import rank_of_target_in_list
 from onerec_jax.generation.beam import Beams, beam_search, refuse_nan
 from onerec_jax.generation.filters import Filter, FilterBuilder
+from onerec_jax.generation.session_beam import SessionBeams, session_beam_search
 from onerec_jax.generation.trie import Trie, build_trie
 from onerec_jax.losses.ntp import ntp_loss
 from onerec_jax.models.onerec import OneRec, resolve_dtype
@@ -105,6 +106,11 @@ class Generator:
             on_mesh(functools.partial(beam_search, model), mesh), static_argnames="width"
         )
 
+        self._search_lists = jax.jit(
+            on_mesh(functools.partial(session_beam_search, model), mesh),
+            static_argnames=("width", "items"),
+        )
+
         def loss(variables, batch):
             # Of M targets all are counted: one, or the items of a list.
             return ntp_loss(model.apply(variables, batch), batch.target).mean(1)
@@ -142,6 +148,21 @@ class Generator:
         """
         return self._search(
             variables, batch, width=width or self.beam_width, trie=trie, filter=filter
+        )
+
+    def search_lists(
+        self,
+        variables,
+        batch,
+        *,
+        width: int,
+        items: int | None = None,
+        trie: Trie | None = None,
+        filter: Filter | None = None,
+    ) -> SessionBeams:
+        """`session_beam_search` of a model of lists; arguments as `search`, `items` of a list."""
+        return self._search_lists(
+            variables, batch, width=width, items=items, trie=trie, filter=filter
         )
 
     def warm_up(self, variables, batch, *, users, widths=None, filters=()) -> None:

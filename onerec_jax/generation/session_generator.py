@@ -4,7 +4,6 @@ Axes: B users of a batch, U users in all, W beams, m items of a list.
 """
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -13,12 +12,9 @@ from onerec_jax.data.batches import BatchBuilder, padded_batches
 from onerec_jax.data.examples import Examples
 from onerec_jax.distributed import fetch, local_share
 from onerec_jax.generation.beam import refuse_nan
-from onerec_jax.generation.filters import Filter
 from onerec_jax.generation.generator import Generator, drop_seen
 from onerec_jax.generation.selection import candidates, spread
-from onerec_jax.generation.session_beam import SessionBeams, session_beam_search
-from onerec_jax.generation.trie import Trie
-from onerec_jax.sharding import on_mesh, put_batch
+from onerec_jax.sharding import put_batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,62 +26,49 @@ class GeneratedLists:
     logp: np.ndarray  # float32 [U, n], log P(list | user); -inf likewise
 
 
-class SessionGenerator:
-    """Compiled session beams of the model of a `Generator`, over its table of semantic IDs."""
+def session_lists(
+    generator: Generator,
+    variables,
+    builder: BatchBuilder,
+    examples: Examples,
+    *,
+    width: int = 128,
+    items: int | None = None,
+    n: int = 1,
+    masked: bool = True,
+    seen=None,
+) -> GeneratedLists:
+    """The best lists of every example, by beam search over whole lists.
 
-    def __init__(self, generator: Generator, *, width: int = 128, items: int | None = None):
-        """`items` m of a list; None: as many as the model was trained on."""
-        self.generator, self.width = generator, width
-        search = functools.partial(session_beam_search, generator.model, items=items)
-        self._search = jax.jit(on_mesh(search, generator.mesh), static_argnames="width")
-
-    def search(
-        self,
-        variables,
-        batch,
-        *,
-        trie: Trie | None = None,
-        filter: Filter | None = None,
-        width: int | None = None,
-    ) -> SessionBeams:
-        """`session_beam_search`; arguments as `Generator.search`."""
-        return self._search(variables, batch, width=width or self.width, trie=trie, filter=filter)
-
-    def lists(
-        self,
-        variables,
-        builder: BatchBuilder,
-        examples: Examples,
-        *,
-        n: int = 1,
-        masked: bool = True,
-        seen=None,
-    ) -> GeneratedLists:
-        """The best lists of every example.
-
-        Args:
-          n: lists of each, at most the width.
-          masked: only IDs that exist; without, `items` are those of the IDs that do, -1 for others.
-          seen: item rows to leave out, one array an example; None keeps every item.
-        """
-        made, parts, start = self.generator, [], 0
-        trie = made.trie if masked else None
-        for batch, real in padded_batches(builder, examples, made.batch_size):
-            out = None if seen is None else list(seen[start : start + real])
-            filter = None
-            if out is not None and masked:
-                padded = [*out, *[()] * (made.batch_size - real)]
-                filter = put_batch(local_share(made.filters(padded)), made.mesh)
-            placed = put_batch(local_share(batch), made.mesh)
-            found = fetch(self.search(variables, placed, trie=trie, filter=filter))
-            refuse_nan(found)
-            found = jax.tree.map(lambda x, real=real: np.asarray(x)[:real, :n], found)
-            leaf = found.leaf if masked else made.ids.find(found.sid)
-            items = items_of_leaves(leaf, made.offsets, made.items, out)
-            parts.append(GeneratedLists(items, found.sid, found.logp))
-            start += real
-        fields = [field.name for field in dataclasses.fields(GeneratedLists)]
-        return GeneratedLists(*(np.concatenate([getattr(p, f) for p in parts]) for f in fields))
+    Args:
+      generator: of a model of lists.
+      width: lists that the search holds; those of V0.
+      items: m of a list; None: as many as the model was trained on.
+      n: lists of each, at most the width.
+      masked: only IDs that exist; without, `items` are those of the IDs that do, -1 for others.
+      seen: item rows to leave out, one array an example; None keeps every item. Needs `masked`.
+    """
+    assert masked or seen is None, "filters mask nodes of the trie"
+    parts, start = [], 0
+    trie = generator.trie if masked else None
+    for batch, real in padded_batches(builder, examples, generator.batch_size):
+        out, filter = None, None
+        if seen is not None:
+            out = list(seen[start : start + real])
+            filter = generator.filters([*out, *[()] * (generator.batch_size - real)])
+            filter = put_batch(local_share(filter), generator.mesh)
+        batch = put_batch(local_share(batch), generator.mesh)
+        found = generator.search_lists(
+            variables, batch, width=width, items=items, trie=trie, filter=filter
+        )
+        found = fetch(found)
+        refuse_nan(found)
+        found = jax.tree.map(lambda x, real=real: x[:real, :n], found)
+        leaf = found.leaf if masked else generator.ids.find(found.sid)
+        rows = items_of_leaves(leaf, generator.offsets, generator.items, out)
+        parts.append((rows, found.sid, found.logp))
+        start += real
+    return GeneratedLists(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
 def items_of_leaves(leaf_bwm, offsets, items, seen=None) -> np.ndarray:

@@ -12,11 +12,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import posttrain, pretrain
+from experiments import posttrain, pretrain, recommend
+from onerec_jax import cli
 from onerec_jax.data.schema import build_dataset, save_dataset
-from onerec_jax.generation.session_generator import SessionGenerator
+from onerec_jax.generation.session_generator import session_lists
+from onerec_jax.losses.ntp import list_log_probs
 from onerec_jax.run import Run
 from onerec_jax.serving.recommender import Recommender
+from onerec_jax.serving.session_lists import recommend_lists
 from onerec_jax.sharding import make_mesh
 
 USERS, ITEMS, SESSIONS, LENGTH = 100, 24, 5, 4
@@ -55,6 +58,10 @@ def write_sessions(folder):
     save_dataset(build_dataset("s", items, None, log, meta=meta, split="leave-one-out"), folder)
 
 
+def recommend_to(flags):
+    cli.run(recommend.main, recommend.RecommendConfig, argv=flags)
+
+
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory):
     """Working folder, flags, run folder and what training printed."""
@@ -89,7 +96,7 @@ def test_lists_are_learned(sessions):
     lists = run.session_lists("test")
     generator = run.generator(make_mesh(1), beam_width=8, batch_size=32)
     variables = run.load_best()
-    found = SessionGenerator(generator, width=16).lists(variables, run.builder, lists)
+    found = session_lists(generator, variables, run.builder, lists, width=16)
     steps = np.diff(found.items[:, 0], axis=1) % ITEMS
     assert (steps == 1).mean() > 0.6  # what a list is made of
     target = run.dataset.item_rows[lists.rows]
@@ -111,6 +118,29 @@ def test_first_items_are_served(sessions):
     history = run.builder(np.zeros(1, int), np.array([4]))
     logits = jax.jit(run.model().apply)(run.load_best(), history)
     assert logits.shape == (1, 1, run.ids.levels, 16)
+
+
+def test_whole_lists_are_served(sessions, capsys):
+    """In order, without what was seen or is not allowed; and in words."""
+    recommender = Recommender.load(sessions[2])
+    history, few = [0, 1, 2, 3], [8, 9, 10, 11, 12]
+    plain, chosen, none = (
+        recommend_lists(recommender, [history], beam_width=16, allowed=allowed)[0]
+        for allowed in (None, few, few[:2])
+    )
+    assert len({item.item_id for item in plain.items} - set(history)) == 3
+    assert len({item.item_id for item in chosen.items} & set(few)) == 3
+    assert (none.items, none.logp) == ([], -np.inf)
+    run = recommender.run
+    codes = np.array([[item.semantic_id for item in plain.items]])
+    own, _ = recommender.gather([recommender.query(history)])
+    logits = jax.jit(run.model().apply)(run.load_best(), own.replace(target=codes))
+    np.testing.assert_allclose(list_log_probs(logits, codes, 3), plain.logp, rtol=1e-4)
+    flags = [str(sessions[2]), "--history", "0,1,2,3", "--lists"]
+    recommend_to(flags)
+    printed = capsys.readouterr().out
+    places = [printed.index(item.title) for item in plain.items]
+    assert places == sorted(places)
 
 
 def test_broken_off_and_resumed(sessions, tmp_path, monkeypatch):
@@ -162,5 +192,7 @@ def test_flags_that_fit_nothing(sessions, tmp_path, refused, monkeypatch):
     point = flags[: flags.index("--targets")]
     message = refused(pretrain.run_command, *point, *out, "--model.session-items", 3)
     assert "--targets sessions" in message
+    flags = [str(run), "--lists", "--users", "all", "--out", "x.parquet"]
+    assert "--lists" in refused(recommend_to, *flags)
     message = refused(posttrain.run_command, run, "--reward", tmp_path / "none")
     assert "session lists" in message

@@ -9,9 +9,9 @@ from onerec_jax.data.examples import Examples
 from onerec_jax.data.features import ItemFeatures
 from onerec_jax.generation.generator import Generator
 from onerec_jax.generation.session_generator import (
-    SessionGenerator,
     items_of_leaves,
     point_wise_lists,
+    session_lists,
 )
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import make_mesh
@@ -45,8 +45,7 @@ def parts():
 def test_lists_of_items(parts):
     """Four IDs: 24 lists of three. The list that is most probable by the loss of all lists."""
     builder, generator, variables = parts
-    sessions = SessionGenerator(generator, width=24)
-    found = sessions.lists(variables, builder, EXAMPLES, n=24)
+    found = session_lists(generator, variables, builder, EXAMPLES, width=24, n=24)
     assert found.items.shape == (3, 24, 3)
     assert (np.diff(found.logp) <= 0).all()
     np.testing.assert_array_equal(SIDS[found.items], found.sid)
@@ -71,8 +70,7 @@ def test_lists_of_items(parts):
 def test_lists_without_seen_items(parts):
     """An ID stays while one of its items is left; the third user has three IDs: six lists."""
     builder, generator, variables = parts
-    sessions = SessionGenerator(generator, width=24)
-    found = sessions.lists(variables, builder, EXAMPLES, n=24, seen=SEEN)
+    found = session_lists(generator, variables, builder, EXAMPLES, width=24, n=24, seen=SEEN)
     items = [
         set(user[logp > -np.inf].reshape(-1))
         for user, logp in zip(found.items, found.logp, strict=True)

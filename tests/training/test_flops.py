@@ -231,6 +231,13 @@ def test_generation_of_lists_by_hand():
     assert found["encoder"] == one["encoder"]
 
 
+def test_a_published_list_costs_four_single_items():
+    """0.935B, full histories, 128 beams, five items; the bound is six (docs/sessions.md)."""
+    cfg, spec = PRESETS["v1-0.935b"], nominal_spec(TokenizerConfig())
+    one, five = (sum(generation_flops(cfg, spec, 128, items=items).values()) for items in (1, 5))
+    assert 3.8 < five / one < 4.1
+
+
 @pytest.mark.parametrize("width", [1, 4, 100])
 def test_generation_by_hand(width):
     """One row, then as many as there are beams: at most 5, then 25 codes."""
