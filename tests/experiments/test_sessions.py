@@ -7,7 +7,6 @@ import json
 
 import conftest
 import helpers
-import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -16,7 +15,6 @@ from experiments import posttrain, pretrain, recommend
 from onerec_jax import cli
 from onerec_jax.data.schema import build_dataset, save_dataset
 from onerec_jax.generation.session_generator import session_lists
-from onerec_jax.losses.ntp import list_log_probs
 from onerec_jax.run import Run
 from onerec_jax.serving.recommender import Recommender
 from onerec_jax.serving.session_lists import recommend_lists
@@ -30,7 +28,7 @@ FLAGS = [
     *("--train.batch-size", "32", "--train.steps", "120", "--train.log-every", "10"),
     *("--train.validate-every", "60", "--train.patience", "0", "--mesh.data", "1"),
     *("--optimizer.learning-rate", "0.02", "--optimizer.warmup-steps", "5"),
-    *("--validate-users", "30", "--validate-beam-width", "10", "--tokenizer.codebook-size", "16"),
+    *("--validate-users", "30", "--validate-beam-width", "8", "--tokenizer.codebook-size", "16"),
     *("--evaluation.beam-width", "8", "--evaluation.batch-size", "32"),
     *("--evaluation.resamples", "20", "--evaluation.no-baselines"),
     *("--targets", "sessions", "--sessions.items", "3", "--sessions.min-watched", "3"),
@@ -91,6 +89,8 @@ def test_lists_are_learned(sessions):
     assert [row["step"] for row in valid] == [60, 120]
     report = json.loads((folder / "report.json").read_text())
     assert report["test"]["item"]["recall@10"] > 0.5
+    # What is shown in words are first items, found by the beams of any other run.
+    assert len({title for title in map(conftest.title, range(ITEMS)) if title in printed}) > 5
     run = Run.open(folder)
     assert run.model_config.session_items == 3
     lists = run.session_lists("test")
@@ -105,19 +105,8 @@ def test_lists_are_learned(sessions):
     assert loss < 3 < np.log(16) * run.ids.levels / 2
     first = generator.rank(variables, run.builder, lists)
     hit = (first.lists == target[:, :1]).any(1)
-    np.testing.assert_array_equal(first.item_ranks < 10, hit)
+    np.testing.assert_array_equal(first.item_ranks < 10, hit)  # of the list, not of the position
     assert hit.mean() > 0.5
-
-
-def test_first_items_are_served(sessions):
-    """The same beams as ever, for a model of lists with nothing before its first item."""
-    recommender = Recommender.load(sessions[2])
-    (listed,) = recommender.recommend([[0, 1, 2, 3]], n=5)
-    assert len({item.item_id for item in listed}) == 5
-    run = recommender.run
-    history = run.builder(np.zeros(1, int), np.array([4]))
-    logits = jax.jit(run.model().apply)(run.load_best(), history)
-    assert logits.shape == (1, 1, run.ids.levels, 16)
 
 
 def test_whole_lists_are_served(sessions, capsys):
@@ -131,11 +120,6 @@ def test_whole_lists_are_served(sessions, capsys):
     assert len({item.item_id for item in plain.items} - set(history)) == 3
     assert len({item.item_id for item in chosen.items} & set(few)) == 3
     assert (none.items, none.logp) == ([], -np.inf)
-    run = recommender.run
-    codes = np.array([[item.semantic_id for item in plain.items]])
-    own, _ = recommender.gather([recommender.query(history)])
-    logits = jax.jit(run.model().apply)(run.load_best(), own.replace(target=codes))
-    np.testing.assert_allclose(list_log_probs(logits, codes, 3), plain.logp, rtol=1e-4)
     flags = [str(sessions[2]), "--history", "0,1,2,3", "--lists"]
     recommend_to(flags)
     printed = capsys.readouterr().out
@@ -166,13 +150,16 @@ def test_broken_off_and_resumed(sessions, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "training_stream", breaks)
-        with conftest.quick_compilation(), pytest.raises(OSError, match="power"):
+        with pytest.raises(OSError, match="power"):
             pretrain.run_command(flags)
-    with conftest.quick_compilation():
-        pretrain.run_command(flags)
+    reported = []
+    monkeypatch.setattr(pretrain.evaluate, "evaluate_run", lambda *args: reported.append(args))
+    monkeypatch.setattr(pretrain.evaluate, "show", lambda result: None)
+    monkeypatch.setattr(pretrain, "show_recommendations", lambda *args: None)
+    pretrain.run_command(flags)
     ours, theirs = (helpers.logged(f / "metrics.jsonl") for f in (tmp_path / "run", whole))
     assert ours == theirs
-    assert (tmp_path / "run" / "report.json").exists()
+    assert len(reported) == 1
 
 
 def test_flags_that_fit_nothing(sessions, tmp_path, refused, monkeypatch):
