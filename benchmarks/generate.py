@@ -1,6 +1,6 @@
 """Generation on the devices at hand: `python -m benchmarks.generate`.
 
-Three parts, each with its own rows in the JSON:
+Four parts, each with its own rows in the JSON:
 
 search     whole beam searches of random users with full histories: latency of one batch after the
            other, users/s of batches sent without waiting, and MFU, which counts the FLOPs of valid
@@ -9,6 +9,9 @@ selection  the exact best `width` of width x codes, as a level of the search cho
            `jax.lax.top_k` on the flat row.
 trie       what masks add to a level, made from random nodes, laid over the logits, and the nodes of
            the chosen; and a search with the trie and without, of which a step is a third.
+sessions   beams over lists of --session-items items (OneRec V0) beside those of a single item, both
+           of --session-width and with the trie. What may be expected of the defaults (0.935B, full
+           histories, m = 5, width 128) is counted in docs/sessions.md.
 
 Batches lie on the device already. Experts are balanced first on the searches' own tokens, as
 loss-free balancing leaves a trained model; `max_violation` says how evenly.
@@ -16,6 +19,7 @@ loss-free balancing leaves a trained model; `max_violation` says how evenly.
     python -m benchmarks.generate --users 1 8 32
     python -m benchmarks.generate --preset tiny --users 2 --width 32 --items 5000 \
         --codebook-size 256 --repeats 5
+    python -m benchmarks.generate --parts sessions --users 1 8 32
 """
 
 import dataclasses
@@ -39,6 +43,7 @@ from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.generator import compute_copy
+from onerec_jax.generation.session_beam import session_beam_search
 from onerec_jax.generation.topk import top_k_of_rows
 from onerec_jax.generation.trie import Trie, build_trie
 from onerec_jax.models import moe
@@ -47,7 +52,7 @@ from onerec_jax.models.onerec import OneRec
 from onerec_jax.training.flops import generation_flops
 from onerec_jax.training.profile import ONE_BY_ONE, by_part, kernels, peak_flops
 
-Part = Literal["search", "selection", "trie"]
+Part = Literal["search", "selection", "trie", "sessions"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +61,16 @@ class BenchmarkConfig:
 
     preset: str = "v1-0.935b"
     model: ModelConfig = PRESETS["v1-0.935b"]
-    parts: tuple[Part, ...] = ("search", "selection", "trie")
+    parts: tuple[Part, ...] = ("search", "selection", "trie", "sessions")
     users: tuple[int, ...] = (1, 8, 32)
     """Batch sizes of the searches."""
     step_users: int = 16
     """Batch size of the parts `selection` and `trie`."""
     width: int = 512
+    session_width: int = 128
+    """Beams of the part `sessions`; those of V0."""
+    session_items: int = 5
+    """Items of a list there."""
     lengths: Literal["full", "realistic"] = "full"
     """Of the histories; see benchmarks/random_data.py."""
     items: int = 20_000_000
@@ -84,7 +93,8 @@ class BenchmarkConfig:
 
     def __post_init__(self):
         names = ("step_users", "width", "items", "codebook_size", "embedded_items", "authors")
-        require_at_least(self, "", **dict.fromkeys((*names, "repeats", "calls"), 1))
+        names += ("repeats", "calls", "session_width")
+        require_at_least(self, "", **dict.fromkeys(names, 1), session_items=2)
         if not self.users or min(self.users) < 1:
             raise InputError(f"--users {self.users}: give positive batch sizes")
 
@@ -93,7 +103,7 @@ class WithLoads:
     """A model that keeps the load of its decoder's experts, level by level, as it is searched."""
 
     def __init__(self, model):
-        self.model, self.spec, self.loads = model, model.spec, []
+        self.model, self.cfg, self.spec, self.loads = model, model.cfg, model.spec, []
 
     def apply(self, variables, *args, method):
         found, written = self.model.apply(variables, *args, method=method, mutable=["router_stats"])
@@ -102,8 +112,11 @@ class WithLoads:
         return found
 
 
-def balance(model, variables, batch, width, steps):
+def balance(model, variables, batch, search, steps):
     """Variables with the router's bias moved until searches load the experts evenly.
+
+    Args:
+      search: such as `beam_search`, all but the model and its arguments given.
 
     Returns:
       Them, MaxVio, and the blocks over the common load that a search of this batch runs.
@@ -112,7 +125,7 @@ def balance(model, variables, batch, width, steps):
     @jax.jit
     def step(variables, batch):
         counting = WithLoads(model)
-        beam_search(counting, variables, batch, width=width)
+        search(counting, variables, batch)
         stats = jax.tree.map(lambda *loads: sum(loads), *counting.loads)
         load = [x for path, x in jax.tree_util.tree_leaves_with_path(stats) if "load" in str(path)]
         worst = jnp.stack([max_violation(x).max() for x in load]).max()
@@ -161,15 +174,16 @@ def milliseconds(function, *args, calls: int) -> float:
     return 1e3 * min(rows)
 
 
-def time_search(config, model, variables, users, trie) -> dict:
-    """Searches of one batch size."""
+def time_search(config, model, variables, users, trie, *, width: int, items: int = 0) -> dict:
+    """Searches of one batch size: for items, or with `items` for lists of so many."""
     cfg, spec = model.cfg, model.spec
     peak = peak_flops(jax.devices()[0])
     batch = jax.device_put(random_users(cfg, spec, users, lengths=config.lengths, seed=users))
     lengths = lengths_of(config.lengths, cfg, users, np.random.default_rng(users))
-    flops = generation_flops(cfg, spec, config.width, lengths)
+    flops = generation_flops(cfg, spec, width, lengths, items=items or 1)
     useful = float(sum(part.sum() for part in flops.values()))
-    search = jax.jit(functools.partial(beam_search, model, width=config.width))
+    search = functools.partial(session_beam_search, items=items) if items else beam_search
+    search = jax.jit(functools.partial(search, model, width=width))
     start = time.perf_counter()
     run = search.lower(variables, batch, trie=trie).compile()
     compile_s = time.perf_counter() - start
@@ -184,7 +198,7 @@ def time_search(config, model, variables, users, trie) -> dict:
     memory = run.memory_analysis()
     parts = {}
     if config.profile is not None:
-        folder = config.profile / f"{users}-{trie is not None}"
+        folder = config.profile / f"{users}-{width}-{items}-{trie is not None}"
         with jax.profiler.trace(str(folder)):
             jax.block_until_ready([call() for _ in range(3)])
         longest = kernels(folder, run.as_text(), steps=3)
@@ -195,6 +209,8 @@ def time_search(config, model, variables, users, trie) -> dict:
     row = {
         "part": "search",
         "users": users,
+        "width": width,
+        "items": items or 1,
         "trie": trie is not None,
         "p50_ms": float(np.percentile(waits, 50)),
         "p99_ms": float(np.percentile(waits, 99)),
@@ -209,13 +225,43 @@ def time_search(config, model, variables, users, trie) -> dict:
         **parts,
     }
     print(
-        f"{users} users, beam {config.width}, {'no ' if trie is None else ''}trie: "
+        f"{users} users, beam {width}, {f'lists of {items}' if items else 'single items'}, "
+        f"{'no ' if trie is None else ''}trie: "
         f"p50 {row['p50_ms']:.2f} ms, p99 {row['p99_ms']:.2f} ms; {row['batch_ms']:.2f} ms a batch "
         f"without waiting, {row['users_s']:,.0f} users/s, {row['useful_tflops']:.1f} TFLOP/s"
         + (f", MFU {row['mfu']:.1%}" if peak else ""),
         flush=True,
     )
     return row
+
+
+def time_sessions(config, model, variables, trie) -> list[dict]:
+    """Lists beside single items, by the same model and width; experts balanced on lists."""
+    width, items = config.session_width, config.session_items
+    batch = random_users(model.cfg, model.spec, config.step_users, lengths=config.lengths)
+    search = functools.partial(session_beam_search, width=width, items=items)
+    variables, worst, blocks = balance(
+        model, variables, jax.device_put(batch), search, config.balancing_steps
+    )
+    rows = []
+    for users in config.users:
+        single, lists = (
+            time_search(config, model, variables, users, trie, width=width, items=m)
+            for m in (0, items)
+        )
+        for row in (single, lists):
+            row |= {"part": "sessions", "max_violation": worst, "blocks_over": blocks}
+        lists["times_single"] = lists["batch_ms"] / single["batch_ms"]
+        lists["times_single_p50"] = lists["p50_ms"] / single["p50_ms"]
+        lists["times_single_flops"] = lists["gflop_a_user"] / single["gflop_a_user"]
+        rows += [single, lists]
+        print(
+            f"{users} users: a list of {items} costs {lists['times_single']:.2f} times a single "
+            f"item ({lists['times_single_p50']:.2f} times its latency, "
+            f"{lists['times_single_flops']:.2f} times its FLOPs)",
+            flush=True,
+        )
+    return rows
 
 
 def random_logits(config):
@@ -288,6 +334,8 @@ def main(config: BenchmarkConfig) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_BY_ONE}"
     moe.COMMON_LOAD = config.common_load
     cfg = config.model
+    if "sessions" in config.parts:
+        cfg = dataclasses.replace(cfg, session_items=config.session_items)
     spec = large_spec(
         items=config.embedded_items,
         authors=config.authors,
@@ -306,28 +354,33 @@ def main(config: BenchmarkConfig) -> None:
     sizes = [(users, True) for users in config.users if "search" in config.parts]
     if "trie" in config.parts:
         sizes += [(config.step_users, masked) for masked in (True, False)]
-    if sizes:
+    if sizes or "sessions" in config.parts:
         trie, result["trie"] = random_trie(config)
     if "selection" in config.parts:
         result["rows"] += time_selection(config)
     if "trie" in config.parts:
         result["rows"] += time_trie(config, trie)
-    if sizes:
+    if trie is not None:
         model = OneRec(cfg, spec)
         batch = jax.device_put(random_users(cfg, spec, config.step_users, lengths=config.lengths))
         init = jax.jit(lambda key, batch: nn.unbox(model.init(key, batch)))
         variables = init(jax.random.key(0), jax.tree.map(lambda x: x[:1], batch))
         variables = jax.jit(functools.partial(compute_copy, model))(variables)
-        variables, worst, blocks = balance(
-            model, variables, batch, config.width, config.balancing_steps
-        )
         result["parameters"] = sum(x.size for x in jax.tree.leaves(variables["params"]))
-        result |= {"max_violation": worst, "blocks_over": blocks}
-        size = f"{result['parameters'] / 1e9:.3f} B"
-        print(f"{config.preset}: {size}, MaxVio {worst:.2f}, {blocks} blocks over", flush=True)
+        print(f"{config.preset}: {result['parameters'] / 1e9:.3f} B", flush=True)
+        if sizes:
+            search = functools.partial(beam_search, width=config.width)
+            variables, worst, blocks = balance(
+                model, variables, batch, search, config.balancing_steps
+            )
+            result |= {"max_violation": worst, "blocks_over": blocks}
+            print(f"MaxVio {worst:.2f}, {blocks} blocks over", flush=True)
         for users, masked in dict.fromkeys(sizes):
             chosen = trie if masked else None
-            result["rows"].append(time_search(config, model, variables, users, chosen))
+            row = time_search(config, model, variables, users, chosen, width=config.width)
+            result["rows"].append(row)
+        if "sessions" in config.parts:
+            result["rows"] += time_sessions(config, model, variables, trie)
         result["peak_gib"] = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
     results.append(config.out, result)
 

@@ -425,6 +425,11 @@ def main(config: PosttrainConfig) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     parent = finished(Run.open(config.run))
+    if parent.session_rule is not None:
+        raise InputError(
+            f"{config.run} generates session lists, and this reward is of single items: give a run "
+            "without --targets sessions"
+        )
     reward, judge = open_rewards(config, parent)
     flagged = read_flagged(config, parent)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))

@@ -38,11 +38,12 @@ from onerec_jax.data.lifelong import LifelongConfig, Snapshots
 from onerec_jax.data.mapped import MappedBatches, write_mapped
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
 from onerec_jax.data.schema import Dataset, load_dataset
+from onerec_jax.data.session_lists import SessionRule, session_examples
 from onerec_jax.data.splits import make_split
 from onerec_jax.distributed import DistributedConfig, first_then_all
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.ranking import ranking_metrics
-from onerec_jax.files import read_json
+from onerec_jax.files import read_json, write_text
 from onerec_jax.inputs import FeatureConfig, PositiveRule
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.serving.recommender import Recommender
@@ -91,12 +92,15 @@ class PretrainConfig:
     the semantic IDs' own vectors, where some life is longer than --model.lifelong-length."""
     compression: LifelongConfig = LifelongConfig()
     """Of lives made here; the most clusters are --model.lifelong-length."""
-    targets: Literal["all", "positive"] = "all"
-    """Actions to predict, in training and test: all, as the report has it, or positive feedback."""
+    targets: Literal["all", "positive", "sessions"] = "all"
+    """What to predict, in training and test: all actions, as the report has it, or positive
+    feedback; or lists of items as good sessions were (OneRec V0), tested on the next action."""
+    sessions: SessionRule = SessionRule()
+    """Of --targets sessions."""
     pipeline: PipelineConfig = PipelineConfig()
     evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
     validate_users: int = 2000
-    """Users in each validation, drawn once by the seed; 0 = all."""
+    """Users, or session lists, in each validation, drawn once by the seed; 0 = all."""
     validate_beam_width: int = 20
     select_by: Literal["loss", "ndcg@10"] = "loss"
     """What the best checkpoint and the early stop go by. With few validation users the loss is the
@@ -114,6 +118,14 @@ class PretrainConfig:
 
     def __post_init__(self):
         require_at_least(self, "", seed=0, validate_users=0, validate_beam_width=1)
+        items = self.sessions.items if self.targets == "sessions" else 1
+        if self.model.session_items not in (1, items):
+            raise InputError(
+                f"--model.session-items {self.model.session_items}: leave it out, it follows from "
+                "--targets sessions and --sessions.items"
+            )
+        model = dataclasses.replace(self.model, session_items=items)
+        object.__setattr__(self, "model", model)
 
 
 DEMO = {
@@ -136,6 +148,8 @@ def settings(config: PretrainConfig) -> dict:
     for name in apart + made:
         del values[name]
     del values["pipeline"]["workers"]
+    if config.targets != "sessions":
+        del values["sessions"]
     return json.loads(json.dumps(values))
 
 
@@ -214,7 +228,10 @@ def open_run(config: PretrainConfig, data_folder, ids_folder, lifelong_folder, d
     if config.targets == "positive":
         eligible = positive_actions(dataset, config.positive)
     split = make_split(dataset, eligible)
-    examples = train_examples(split, eligible)
+    if config.targets == "sessions":
+        examples = session_examples(dataset, split, config.sessions)
+    else:
+        examples = train_examples(split, eligible)
     check_batch_size(config.train.batch_size, examples)  # before a folder is made
     values = settings(config)
     key = values | {"data": dataset.fingerprint, "semantic_ids": ids.fingerprint}
@@ -261,9 +278,14 @@ def training_stream(config: PretrainConfig, run: Run) -> TrainStream:
 
         first_then_all(write)
         mapped = MappedBatches(folder, run.model_config)
+    if run.session_rule is None:
+        examples = train_examples(run.split, run.eligible)
+    else:
+        examples = run.session_lists("train")
+        tell_sessions(run, examples.counts)
     return TrainStream(
         run.builder,
-        train_examples(run.split, run.eligible),
+        examples,
         config.pipeline,
         config.train.batch_size,
         config.seed,
@@ -273,20 +295,36 @@ def training_stream(config: PretrainConfig, run: Run) -> TrainStream:
     )
 
 
+def tell_sessions(run: Run, counts: dict) -> None:
+    """Prints what the criteria kept, and writes it into the run folder."""
+    told = {k: v for k, v in counts.items() if v is not None}
+    least = told.pop("min_watch_s", None)
+    line = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in told.items())
+    print(f"training sessions: {line}" + (f"; watch time from {least:,.1f} s" if least else ""))
+    if not jax.process_index():
+        write_text(run.folder / "sessions.json", json.dumps(counts, indent=1))
+
+
 def validation_examples(run: Run, users: int, seed: int) -> Examples:
-    """The validation part, or a fixed sample of so many users (0: all)."""
-    examples = target_examples(run.split.valid_at)
+    """The validation part, or a fixed sample of so many users or session lists (0: all)."""
+    if run.session_rule is None:
+        examples, named = target_examples(run.split.valid_at), "validation target: split it anew"
+    else:
+        examples = run.session_lists("valid")
+        named = "validation session that passes: see --sessions.combine, or give a longer log"
     if not len(examples):
-        raise InputError(f"data set '{run.dataset.name}' has no validation target: split it anew")
+        raise InputError(f"data set '{run.dataset.name}' has no {named}")
     if 0 < users < len(examples):
         rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.choice(len(examples), users, replace=False))
-        examples = Examples(examples.user[chosen], examples.position[chosen])
+        examples = examples[np.sort(rng.choice(len(examples), users, replace=False))]
     return examples
 
 
 def make_validation(config: PretrainConfig, run, mesh):
-    """Validation on a fixed sample of users: NTP loss and item metrics by beam search."""
+    """Validation on a fixed sample of users: NTP loss and item metrics by beam search.
+
+    Of session lists, it is the loss of whole lists, and metrics of their first items.
+    """
     examples = validation_examples(run, config.validate_users, config.seed)
     generator = run.generator(
         mesh, beam_width=config.validate_beam_width, batch_size=config.evaluation.batch_size
@@ -306,7 +344,7 @@ def train(config: PretrainConfig, run, mesh):
     """Trains to the end or to the early stop, from the latest checkpoint if there is one."""
     stream = training_stream(config, run)
     examples = stream.examples
-    one = run.builder(examples.user[:1], examples.position[:1])
+    one = run.builder(examples.user[:1], examples.position[:1], rows=examples[:1].rows)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     if limit := device_limit():
         users, shape = config.train.batch_size, MeshConfig(**mesh.shape)
@@ -388,7 +426,7 @@ def main(config: PretrainConfig) -> None:
             config.train,
             config.optimizer,
             config.mesh,
-            targets=config.pipeline.targets_per_user,
+            targets=config.model.session_items * config.pipeline.targets_per_user,
         )
     if config.deterministic:
         # Read once, when the backend starts: nothing above may have touched a device.

@@ -21,6 +21,7 @@ from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.serving.bulk import BulkConfig, recommend_to_file
 from onerec_jax.serving.catalogue import Catalogue
 from onerec_jax.serving.recommender import Recommended, Recommender
+from onerec_jax.serving.session_lists import recommend_lists
 from onerec_jax.sharding import make_mesh
 
 
@@ -51,6 +52,9 @@ class RecommendConfig:
     filter_size: int = 1024
     """Seen items that the search of --users leaves out; of longer histories the rest is dropped
     from the list, which may come short."""
+    lists: bool = False
+    """Of a run with --targets sessions: show its most probable whole list, not the n items that are
+    most probable as the first of one."""
     devices: int = 1
     """That share the users of a batch; 0: all."""
 
@@ -62,6 +66,8 @@ class RecommendConfig:
             raise InputError("--users and --out belong together: give both or neither")
         if self.skip_unknown and self.users is None:
             raise InputError("--skip-unknown is of --users: leave it out")
+        if self.lists and self.users is not None:
+            raise InputError("--lists is for one --user or --history: leave it out")
         if self.out is not None and self.out.suffix != ".parquet":
             raise InputError(f"--out {self.out}: lists are written as .parquet: name it so")
 
@@ -109,7 +115,12 @@ def main(config: RecommendConfig) -> None:
     except InputError as error:
         flag = "--user" if config.history is None else "--history"
         raise InputError(f"{flag}: {error}") from error
-    (listed,) = recommender.recommend([history], **options)
+    if config.lists:
+        more = {"beam_width": config.beam_width, "include_seen": config.include_seen}
+        (found,) = recommend_lists(recommender, [history], **more)
+        listed = found.items
+    else:
+        (listed,) = recommender.recommend([history], **options)
     show(recommender.catalogue, query.history, listed)
 
 

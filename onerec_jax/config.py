@@ -60,6 +60,13 @@ class ModelConfig:
     router_bias_rate: float = 1e-3
     """Step u of the loss-free balancing bias (arXiv 2408.15664)."""
 
+    session_items: int = 1
+    """Items m of a list that is generated as one sequence (OneRec V0, arXiv 2502.18965, section
+    3.3): each item sees those before it. 1: point-wise, as OneRec V1."""
+    session_place: bool = True
+    """Of lists: add an embedding of an item's place in the list to its positions. The paper says
+    nothing of positions; without it a place shows only in what lies before it."""
+
     pathways: tuple[PathwayName, ...] = PATHWAYS
     """Pathways that the encoder reads; one left out costs nothing and leaves the others as they
     are, initial parameters included."""
@@ -101,7 +108,7 @@ class ModelConfig:
             raise InputError("--model.pathways names no history: add short, positive or lifelong")
         sizes = ("d_model", "encoder_layers", "decoder_layers", "num_heads", "ff_dim", "expert_dim")
         widths = ("author_dim", "feature_dim", "static_dim", "lifelong_queries", "lifelong_blocks")
-        widths += ("expert_every", "pathway_dim")
+        widths += ("expert_every", "pathway_dim", "session_items")
         lengths = ("short_length", "positive_length", "lifelong_length")
         zeros = (
             "num_experts",

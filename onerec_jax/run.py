@@ -3,6 +3,7 @@
 config.json       settings, and the data set and semantic IDs they were used with
 features.json     the feature specification (vocabularies)
 metrics.jsonl     one row a logged step
+sessions.json     of a run on session lists: what each criterion kept
 checkpoints/      latest and best
 report.json/.md   results; plots beside them
 """
@@ -23,6 +24,7 @@ from onerec_jax.data.batches import BatchBuilder
 from onerec_jax.data.features import action_log, item_features, lifelong_log, positive_actions
 from onerec_jax.data.lifelong import Snapshots
 from onerec_jax.data.schema import Dataset, load_dataset
+from onerec_jax.data.session_lists import Part, SessionExamples, SessionRule, session_examples
 from onerec_jax.data.splits import Split, item_popularity, make_split
 from onerec_jax.errors import InputError
 from onerec_jax.evaluation.ranking import tie_order
@@ -167,13 +169,25 @@ class Run:
     @functools.cached_property
     def eligible(self) -> np.ndarray | None:
         """Which actions may be targets, bool `[N]`; None: all."""
-        if self.config["settings"].get("targets", "all") == "all":
+        if self.config["settings"].get("targets", "all") != "positive":
             return None
         return positive_actions(self.dataset, self.spec.positive)
 
     @functools.cached_property
     def split(self) -> Split:
         return make_split(self.dataset, self.eligible)
+
+    @functools.cached_property
+    def session_rule(self) -> SessionRule | None:
+        """Which sessions give the lists that the run trains on; None: it trains on items."""
+        settings = self.config["settings"]
+        if settings.get("targets") != "sessions":
+            return None
+        return SessionRule(**settings["sessions"])
+
+    def session_lists(self, part: Part) -> SessionExamples:
+        """Lists of a part of the data set; of a run with a `session_rule`."""
+        return session_examples(self.dataset, self.split, self.session_rule, part)
 
     @functools.cached_property
     def popularity(self) -> np.ndarray:

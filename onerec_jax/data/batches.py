@@ -43,6 +43,7 @@ class BatchBuilder:
         targets: int = 1,
         target_end=None,
         positive_targets: bool = False,
+        rows=None,
     ) -> Batch:
         """Batch of B users asked at the given positions.
 
@@ -57,6 +58,8 @@ class BatchBuilder:
           targets: M. Those after the first are the user's next actions and share its history.
           target_end: int `[B]`, position before which targets lie; None: the end of the log.
           positive_targets: further targets are positive actions only.
+          rows: int `[B, M]`, rows of the log that are the targets; the last three arguments are not
+            read then.
         """
         log, cfg = self.log, self.cfg
         first, last = log.offsets[user], log.offsets[np.asarray(user) + 1]
@@ -77,18 +80,20 @@ class BatchBuilder:
             return self._pathway(index if rows is None else rows[index], count, request_time_s)
 
         target, count = at[:, None], np.ones(len(at), np.int64)
-        if targets > 1:
+        if rows is not None:
+            target, count = rows, np.full(len(at), rows.shape[1])
+        elif targets > 1:
             end = last if target_end is None else first + target_end
             ahead = np.arange(1, targets)
             if positive_targets:
                 later = np.searchsorted(known, np.minimum(at + 1, last))[:, None] + ahead - 1
-                rows = positive_rows[np.minimum(later, len(positive_rows) - 1)]
-                exists = (later < len(known)) & (rows < end[:, None])
+                further = positive_rows[np.minimum(later, len(positive_rows) - 1)]
+                exists = (later < len(known)) & (further < end[:, None])
             else:
-                rows = at[:, None] + ahead
-                exists = rows < end[:, None]
+                further = at[:, None] + ahead
+                exists = further < end[:, None]
             count = count + exists.sum(1)
-            target = np.concatenate([target, rows], axis=1)
+            target = np.concatenate([target, further], axis=1)
             slot = np.arange(targets) % count[:, None]  # repeats fill up: experts see real tokens
             target = np.take_along_axis(target, slot, axis=1)
         sid = np.where(has_target[:, None, None], self.items.sid[log.item[target]], 0)
@@ -183,7 +188,8 @@ def padded_batches(builder: BatchBuilder, examples: Examples, batch_size: int):
     for start in range(0, len(examples), batch_size):
         index = np.arange(start, min(start + batch_size, len(examples)))
         full = np.concatenate([index, np.full(batch_size - len(index), start)])
-        yield builder(examples.user[full], examples.position[full]), len(index)
+        some = examples[full]
+        yield builder(some.user, some.position, rows=some.rows), len(index)
 
 
 def log_from_histories(histories, spec: FeatureSpec) -> ActionLog:

@@ -1,7 +1,8 @@
 """Which targets a run trains and tests on, and in which order: numbers only, no histories.
 
 An example is (user, position): the first target is the action at that position, the history every
-strictly earlier action of the same user. Actions at equal times keep the data set's order.
+strictly earlier action of the same user. Actions at equal times keep the data set's order. Examples
+may name their targets themselves, such as the list of a session that begins at the position.
 """
 
 import dataclasses
@@ -21,9 +22,15 @@ class Examples:
 
     user: np.ndarray  # int32 [n], user row
     position: np.ndarray  # int32 [n], position of the first target within the user
+    rows: np.ndarray | None = None  # int64 [n, M], rows of the log that are the targets
 
     def __len__(self):
         return len(self.user)
+
+    def __getitem__(self, index) -> "Examples":
+        """Those at an index, such as int `[k]`."""
+        rows = None if self.rows is None else self.rows[index]
+        return Examples(self.user[index], self.position[index], rows)
 
 
 def train_examples(split: Split, eligible: np.ndarray | None = None) -> Examples:

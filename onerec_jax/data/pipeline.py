@@ -18,7 +18,7 @@ from onerec_jax.data.examples import (
     check_batch_size,
 )
 from onerec_jax.data.mapped import MappedBatches
-from onerec_jax.errors import require_at_least
+from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.inputs import Batch
 
 
@@ -47,6 +47,10 @@ class TrainStream:
       mapped: the same log for worker processes; needed if `config.workers`.
       target_end: int `[U]`, position of each user before which targets lie.
       positive_targets: `examples` are positive actions, further targets too.
+
+    Raises:
+      InputError: more examples a batch than there are, or several targets a user where the examples
+        name theirs.
     """
 
     builder: BatchBuilder
@@ -60,6 +64,11 @@ class TrainStream:
 
     def __post_init__(self):
         check_batch_size(self.batch_size, self.examples)
+        if self.examples.rows is not None and self.config.targets_per_user > 1:
+            raise InputError(
+                f"--pipeline.targets-per-user {self.config.targets_per_user}: session lists are "
+                "targets of their own; leave it out"
+            )
 
     def __call__(self, step: int = 0) -> Iterator[Batch]:
         """Grain iterator over this process's share of batch `step` and all later ones."""
@@ -95,8 +104,7 @@ class TrainStream:
             self.mapped if self.config.workers else self.builder,
             batches,
             share,
-            examples.user,
-            examples.position,
+            examples,
             self.target_end,
             self.config.targets_per_user,
             self.positive_targets,
@@ -110,21 +118,20 @@ class Assembler:
     source: BatchBuilder | MappedBatches
     batches: ShuffledBatches
     share: slice
-    user: np.ndarray  # int32 [n]
-    position: np.ndarray  # int32 [n]
+    examples: Examples
     target_end: np.ndarray  # int32 [U]
     targets: int
     positive_targets: bool
 
     def __call__(self, batch: int) -> Batch:
         index, slots = self.batches(batch)
-        index = index[self.share]
-        user = self.user[index]
+        examples = self.examples[index[self.share]]
         return self.source(
-            user,
-            self.position[index],
+            examples.user,
+            examples.position,
             lifelong_slots=slots,
             targets=self.targets,
-            target_end=self.target_end[user],
+            target_end=self.target_end[examples.user],
             positive_targets=self.positive_targets,
+            rows=examples.rows,
         )

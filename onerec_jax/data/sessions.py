@@ -15,10 +15,10 @@ GAP_S = 1800
 """Seconds without an action after which a new session begins, where the log names none."""
 
 
-def session_of_action(dataset: Dataset) -> np.ndarray:
+def session_of_action(dataset: Dataset, gap_s: int = GAP_S) -> np.ndarray:
     """Number of each action's session, int64 `[N]`, ascending; no session is of two users.
 
-    The column `session`; without it, a user's actions with less than GAP_S from one to the next;
+    The column `session`; without it, a user's actions with less than `gap_s` from one to the next;
     without times, each action is a session.
     """
     user = dataset.interactions["user_row"].to_numpy()
@@ -27,7 +27,7 @@ def session_of_action(dataset: Dataset) -> np.ndarray:
     if session is not None:
         begins[1:] = np.diff(session) != 0
     elif time_s is not None:
-        begins[1:] = np.diff(time_s) >= GAP_S
+        begins[1:] = np.diff(time_s) >= gap_s
     begins[1:] |= np.diff(user) != 0
     return np.cumsum(begins) - 1
 

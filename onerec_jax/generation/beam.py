@@ -111,8 +111,9 @@ def descend(trie, level, exists_bwj, node_bw, parent_bw, code_bw, dead_bw):
     return jnp.where(dead_bw, -1, trie.child(node_bw, level, exists_bwj, code_bw))
 
 
-def refuse_nan(beams: Beams) -> None:
-    """Raises InputError if the model gave some user NaN; for beams that are on the host."""
+def refuse_nan(beams) -> None:
+    """Raises InputError if the model gave some user NaN; for `Beams` or `SessionBeams` that are on
+    the host."""
     broken = np.flatnonzero(np.isnan(beams.logp).any(1))
     if len(broken):
         raise InputError(

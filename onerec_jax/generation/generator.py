@@ -16,6 +16,7 @@ from onerec_jax.distributed import fetch, local_share
 from onerec_jax.evaluation.ranking import rank_of_target_in_list
 from onerec_jax.generation.beam import Beams, beam_search, refuse_nan
 from onerec_jax.generation.filters import Filter, FilterBuilder
+from onerec_jax.generation.session_beam import SessionBeams, session_beam_search
 from onerec_jax.generation.trie import Trie, build_trie
 from onerec_jax.losses.ntp import ntp_loss
 from onerec_jax.models.onerec import OneRec, resolve_dtype
@@ -105,8 +106,14 @@ class Generator:
             on_mesh(functools.partial(beam_search, model), mesh), static_argnames="width"
         )
 
+        self._search_lists = jax.jit(
+            on_mesh(functools.partial(session_beam_search, model), mesh),
+            static_argnames=("width", "items"),
+        )
+
         def loss(variables, batch):
-            return ntp_loss(model.apply(variables, batch), batch.target)[:, 0]
+            # Of M targets all are counted: one, or the items of a list.
+            return ntp_loss(model.apply(variables, batch), batch.target).mean(1)
 
         self._loss = jax.jit(on_mesh(loss, mesh))
 
@@ -143,6 +150,21 @@ class Generator:
             variables, batch, width=width or self.beam_width, trie=trie, filter=filter
         )
 
+    def search_lists(
+        self,
+        variables,
+        batch,
+        *,
+        width: int,
+        items: int | None = None,
+        trie: Trie | None = None,
+        filter: Filter | None = None,
+    ) -> SessionBeams:
+        """`session_beam_search` of a model of lists; arguments as `search`, `items` of a list."""
+        return self._search_lists(
+            variables, batch, width=width, items=items, trie=trie, filter=filter
+        )
+
     def warm_up(self, variables, batch, *, users, widths=None, filters=()) -> None:
         """Compiles, and runs once, the searches that a service will need, before it takes requests.
 
@@ -174,13 +196,14 @@ class Generator:
             yield jax.tree.map(lambda x, real=real: x[:real], found)
 
     def rank(self, variables, builder, examples, *, n=10, seen=None) -> Generated:
-        """Ranks the target of every example among all items.
+        """Ranks the target of every example (of a list the first item) among all items.
 
         Args:
           seen: item rows to leave out, one array an example; None keeps every item.
         """
         log = builder.log
-        targets = log.item[log.offsets[examples.user] + examples.position]
+        first = log.offsets[examples.user] + examples.position
+        targets = log.item[first if examples.rows is None else examples.rows[:, 0]]
         leaves = [beams.leaf for beams in self.beams(variables, builder, examples)]
         leaf = np.concatenate(leaves)
         if seen is None:
@@ -195,7 +218,7 @@ class Generator:
         )
 
     def loss(self, variables, builder, examples) -> np.ndarray:
-        """NTP loss of every example's first target, float32 `[U, levels]`, nats."""
+        """NTP loss of every example's target, or mean of a list's items, float32 `[U, levels]`."""
         parts = [
             fetch(self._loss(variables, batch))[:real]
             for batch, real in self._batches(builder, examples)

@@ -89,6 +89,36 @@ def select(lists, users, score: Scorer, n: int, *, seen=None) -> np.ndarray:
     return np.take_along_axis(lists, order, axis=1)
 
 
+def spread(lists, sids, n: int, at_most: int) -> np.ndarray:
+    """The first n candidates of which no more than `at_most` share the first code of their IDs.
+
+    A rule of diversity for lists whose items were chosen one by one: the first code is the coarsest
+    cluster of content. Where the rule leaves fewer than n, those that it passed over fill up.
+
+    Args:
+      lists: candidates int `[B, m]`, best first, -1 = none.
+      sids: int `[items, levels]`.
+      at_most: 1 or more.
+
+    Returns:
+      Item rows int32 `[B, n]`, those that follow the rule first, each group in its order; -1 where
+      there are fewer.
+    """
+    code = np.where(lists >= 0, sids[np.maximum(lists, 0), 0], -1)
+    order = np.argsort(code, axis=1, kind="stable")
+    ordered = np.take_along_axis(code, order, axis=1)
+    place = np.arange(lists.shape[1])
+    begins = np.ones(ordered.shape, bool)
+    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    turn = np.empty_like(order)  # how many of its code come before each
+    first = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    np.put_along_axis(turn, order, place - first, axis=1)
+    group = np.where(lists < 0, 2, turn >= at_most)
+    chosen = np.take_along_axis(lists, np.argsort(group, axis=1, kind="stable"), axis=1)[:, :n]
+    short = n - chosen.shape[1]
+    return np.pad(chosen, ((0, 0), (0, short)), constant_values=-1).astype(np.int32)
+
+
 def diversity(lists, sids) -> np.ndarray:
     """How many different prefixes of semantic IDs each list holds.
 

@@ -25,3 +25,19 @@ def mean_over_targets(loss_bms, count_b):
     """Mean over the real targets of all users: `[B, M, levels]`, int32 `[B]` -> `[levels]`."""
     real_bm = jnp.arange(loss_bms.shape[1]) < count_b[:, None]
     return (loss_bms * real_bm[..., None]).sum((0, 1)) / jnp.maximum(real_bm.sum(), 1)
+
+
+def list_log_probs(logits_bmsv, target_bms, items: int):
+    """Log-probability of whole lists: the sum over all codes of their items, BOS apart.
+
+    OneRec V0 (arXiv 2502.18965), section 3.3.
+
+    Args:
+      logits_bmsv: float32 `[B, M, levels, V]` of a model of lists, M targets in lists of `items`.
+      target_bms: int32 `[B, M, levels]`.
+
+    Returns:
+      Float32 `[B, M / items]`, in nats.
+    """
+    loss_bms = ntp_loss(logits_bmsv, target_bms)
+    return -loss_bms.reshape(len(loss_bms), -1, items * loss_bms.shape[2]).sum(-1)

@@ -3,8 +3,8 @@
 OneRec Technical Report (arXiv 2506.13695), section 2.2.2. The report prints a norm before the
 experts only; pre-norm before all three sublayers is our choice.
 
-Axes: B users, M targets, S code positions (or W beams), T encoder tokens, H heads, K head width,
-L layers.
+Axes: B users, M targets (or lists of them), S code positions, W beams, P positions of a beam, T
+encoder tokens (or positions of earlier items), H heads, K head width, L layers.
 """
 
 from typing import Any
@@ -30,13 +30,16 @@ class CrossCache:
 
 @struct.dataclass
 class BeamCache:
-    """Keys and values of the codes decoded so far, position by position.
+    """Keys and values of the codes decoded so far.
 
-    A position has a copy for every beam, or one for all: that of BOS, of which all beams are made.
+    Those of the item that is being decoded lie position by position. A position has a copy for
+    every beam, or one for all: that of the first BOS, of which all beams are made. Those of earlier
+    items of a list lie in one array each.
     """
 
     k: tuple[jax.Array, ...] = ()  # each [groups, blocks, B, W or 1, H, K]
     v: tuple[jax.Array, ...] = ()  # likewise
+    past: tuple[jax.Array, ...] = ()  # keys and values [groups, blocks, B, W, T, H, K]; or nothing
 
     def take(self, parent_bw):
         """The caches of the beams that survive: `parent_bw` int32 `[B, W']`."""
@@ -44,24 +47,47 @@ class BeamCache:
         def gather(x):
             if x.shape[3] == 1:
                 return x
-            return jnp.take_along_axis(x, parent_bw[None, None, :, :, None, None], axis=3)
+            index = parent_bw.reshape(1, 1, *parent_bw.shape, *(1,) * (x.ndim - 4))
+            return jnp.take_along_axis(x, index, axis=3)
 
         return jax.tree.map(gather, self)
 
+    def next_item(self) -> "BeamCache":
+        """All positions but the last, which is the BOS of the next item, become past."""
 
-def attend_positions(q_bwhk, keys, values):
+        def join(positions, past):
+            done = jnp.stack(
+                [jnp.broadcast_to(x, positions[-1].shape) for x in positions[:-1]], axis=4
+            )
+            return jnp.concatenate([*past, done], axis=4)
+
+        past = join(self.k, self.past[:1]), join(self.v, self.past[1:])
+        return BeamCache(self.k[-1:], self.v[-1:], past)
+
+
+def attend_positions(q_bwhk, keys, values, past=()):
     """Attention of every beam to a few positions, each `[B, W or 1, H, K]`, in float32.
 
-    Sums of products, for as matrix products they would be of one row and three columns.
+    Sums of products, for as matrix products they would be of one row and a few columns.
+
+    Args:
+      past: further keys and values, `[B, W, T, H, K]` each.
     """
     q_bwhk = q_bwhk.astype(jnp.float32) * q_bwhk.shape[-1] ** -0.5
     score = jnp.stack([(q_bwhk * k.astype(jnp.float32)).sum(-1) for k in keys])
+    if past:
+        earlier = (q_bwhk[:, :, None] * past[0].astype(jnp.float32)).sum(-1)
+        score = jnp.concatenate([score, jnp.moveaxis(earlier, 2, 0)])
     weight = jax.nn.softmax(score, axis=0)[..., None]
-    return sum(w * v.astype(jnp.float32) for w, v in zip(weight, values, strict=True))
+    here, before = weight[: len(keys)], weight[len(keys) :]
+    y_bwhk = sum(w * v.astype(jnp.float32) for w, v in zip(here, values, strict=True))
+    if past:
+        y_bwhk = y_bwhk + (jnp.moveaxis(before, 0, 2) * past[1].astype(jnp.float32)).sum(2)
+    return y_bwhk
 
 
 class DecoderBlock(nn.Module):
-    """One layer; all positions at once (`__call__`) or one position of many beams (`step`)."""
+    """One layer; all positions at once (`__call__`) or the next ones of many beams (`step`)."""
 
     cfg: ModelConfig
     dtype: Dtype
@@ -106,23 +132,41 @@ class DecoderBlock(nn.Module):
         b, m, s, d = x_bmsd.shape
         maps = self.self_attention
         x = self.norm_self(x_bmsd).reshape(b * m, s, d)
-        # At three positions a kernel gains nothing over XLA, and cuDNN refuses odd lengths.
+        # At a few positions a kernel gains nothing over XLA, and cuDNN refuses odd lengths.
         y = attention(maps.q(x), maps.k(x), maps.v(x), causal=True)
         x_bsd = x_bmsd.reshape(b, m * s, d) + self.drop(maps.o(y)).reshape(b, m * s, d)
         x_bsd = x_bsd + self.cross(x_bsd, *self.cross_kv(z_btd), length_b)
         x_bsd = x_bsd + self.drop(self.feed_forward(x_bsd))
         return x_bsd.reshape(b, m, s, d)
 
-    def step(self, x_bwd, caches, length_b):
-        """The next position of every beam, `x [B, W, D]`; returns its keys and values too."""
-        (cross_k, cross_v), (keys, values) = caches
+    def step(self, x_bpwd, caches, length_b):
+        """The next positions of every beam, `x [B, P, W, D]`; returns their keys and values too.
+
+        A position sees those before it, of the P too.
+        """
+        (cross_k, cross_v), (keys, values), past = caches
+        b, p, w, d = x_bpwd.shape
         maps = self.self_attention
-        x = self.norm_self(x_bwd)
-        k_bwhk, v_bwhk = maps.k(x), maps.v(x)
-        y = attend_positions(maps.q(x), (*keys, k_bwhk), (*values, v_bwhk))
-        x_bwd = x_bwd + maps.o(y.astype(self.dtype))
-        x_bwd = x_bwd + self.cross(x_bwd, cross_k, cross_v, length_b)
-        return x_bwd + self.feed_forward(x_bwd), (k_bwhk, v_bwhk)
+        x_brd = x_bpwd.reshape(b, p * w, d)
+        x = self.norm_self(x_brd)
+        k, v, q = (
+            project(x).reshape(b, p, w, -1, self.cfg.head_dim)
+            for project in (maps.k, maps.v, maps.q)
+        )
+        y = [
+            attend_positions(
+                q[:, i],
+                (*keys, *(k[:, j] for j in range(i + 1))),
+                (*values, *(v[:, j] for j in range(i + 1))),
+                past,
+            )
+            for i in range(p)
+        ]
+        y = jnp.stack(y, axis=1).reshape(b, p * w, *y[0].shape[2:])
+        x_brd = x_brd + maps.o(y.astype(self.dtype))
+        x_brd = x_brd + self.cross(x_brd, cross_k, cross_v, length_b)
+        x_brd = x_brd + self.feed_forward(x_brd)
+        return x_brd.reshape(b, p, w, d), (k, v)
 
 
 class DecoderGroup(nn.Module):
@@ -152,13 +196,13 @@ class DecoderGroup(nn.Module):
         pairs = [block.cross_kv(z_btd) for block in self.blocks]
         return z_btd, tuple(jnp.stack(x) for x in zip(*pairs, strict=True))
 
-    def step(self, x_bwd, caches, length_b):
+    def step(self, x_bpwd, caches, length_b):
         """As `DecoderBlock.step`; every cache has a leading axis of blocks."""
         new = []
         for i, block in enumerate(self.blocks):
-            x_bwd, cache = block.step(x_bwd, jax.tree.map(lambda x, i=i: x[i], caches), length_b)
+            x_bpwd, cache = block.step(x_bpwd, jax.tree.map(lambda x, i=i: x[i], caches), length_b)
             new.append(cache)
-        return x_bwd, jax.tree.map(lambda *x: jnp.stack(x), *new)
+        return x_bpwd, jax.tree.map(lambda *x: jnp.stack(x), *new)
 
 
 class Decoder(nn.Module):
@@ -194,8 +238,17 @@ class Decoder(nn.Module):
         _, (k, v) = self.layers.cross_kv(z_btd, None, length_b)
         return CrossCache(k, v, length_b)
 
-    def step(self, x_bwd, cross: CrossCache, cache: BeamCache):
-        """The next position of every beam: `[B, W, D]` -> hidden `[B, W, D]`, the longer cache."""
-        caches = (cross.k, cross.v), (cache.k, cache.v)
-        x, (k, v) = self.layers.step(x_bwd, caches, cross.length)
-        return x, BeamCache((*cache.k, k), (*cache.v, v))
+    def step(self, x, cross: CrossCache, cache: BeamCache):
+        """The next position of every beam, or several one after the other.
+
+        Args:
+          x: `[B, W, D]`, or `[B, P, W, D]`.
+
+        Returns:
+          Hidden states in the shape of `x`, and the longer cache.
+        """
+        x_bpwd = x if x.ndim == 4 else x[:, None]
+        caches = (cross.k, cross.v), (cache.k, cache.v), cache.past
+        h_bpwd, (k, v) = self.layers.step(x_bpwd, caches, cross.length)
+        k, v = ([new[:, :, :, i] for i in range(x_bpwd.shape[1])] for new in (k, v))
+        return h_bpwd.reshape(x.shape), BeamCache((*cache.k, *k), (*cache.v, *v), cache.past)

@@ -1,7 +1,9 @@
-"""OneRec V1: `p(semantic ID of the next item | user)` as one pure function.
+"""OneRec: `p(semantic ID of the next item | user)` as one pure function.
 
-OneRec Technical Report (arXiv 2506.13695), section 2.2. Logits are float32; everything between the
-embeddings and the heads runs in the model's `dtype`.
+OneRec Technical Report (arXiv 2506.13695), section 2.2: V1, point-wise. With `session_items` m
+above 1 it is `p(list of m IDs | user)`, as V0 has it (arXiv 2502.18965, section 3.3): BOS and the
+codes of an item, m times one after the other. Logits are float32; everything between the embeddings
+and the heads runs in the model's `dtype`.
 """
 
 import flax.linen as nn
@@ -53,6 +55,10 @@ class OneRec(nn.Module):
             "codes",
         )
         self.heads = self.param("heads", init, (spec.levels, cfg.d_model, spec.codebook_size))
+        if cfg.session_items > 1 and cfg.session_place:
+            # Last, so that the other parameters begin as they do without it.
+            init = partitioned(nn.initializers.normal(0.02), None, "embed")
+            self.place = self.param("place", init, (cfg.session_items, cfg.d_model))
 
     def embed_code(self, code, level: int):
         """Embeddings of codes of one level: int32 `[...] -> [..., D]`."""
@@ -69,33 +75,63 @@ class OneRec(nn.Module):
         """Encoded user tokens `[B, T, D]`, valid first, and their number int32 `[B]`."""
         return self.encoder(batch, self.sid_embedding, train=self.train)
 
+    def at_place(self, x, item):
+        """Input at one or more places of a list: `[..., D]` plus the embedding of `item`."""
+        if self.cfg.session_items == 1 or not self.cfg.session_place:
+            return x
+        return x + self.place.astype(self.dtype)[item]
+
     def __call__(self, batch: Batch):
-        """Teacher-forced logits float32 `[B, M, levels, V]` of `batch.target`."""
+        """Teacher-forced logits float32 `[B, M, levels, V]` of `batch.target`.
+
+        Targets see the user, not each other. Of a model of lists the M targets are whole lists one
+        after the other, or the beginning of one: an item sees those before it in its list. The
+        position behind the last code of a list predicts nothing and is left out.
+
+        Raises:
+          ValueError: more targets than a list has items, and no whole lists.
+        """
         z, length = self.encode(batch)
         users, targets, levels = batch.target.shape
-        bos = jnp.broadcast_to(self.bos.astype(self.dtype), (users, targets, self.cfg.d_model))
-        inputs = [bos] + [self.embed_code(batch.target[..., i], i) for i in range(levels - 1)]
-        h = self.decoder(jnp.stack(inputs, axis=2), z, length)
-        return jnp.stack([self.level_logits(h[:, :, i], i) for i in range(levels)], axis=2)
+        items = min(self.cfg.session_items, targets)
+        if targets % items:
+            raise ValueError(f"{targets} targets are no lists of {items} items")
+        further = items > 1  # are codes of the last level ever seen?
+        target = batch.target.reshape(users, targets // items, items, levels)
+        bos = jnp.broadcast_to(self.bos.astype(self.dtype), (*target.shape[:3], self.cfg.d_model))
+        codes = [self.embed_code(target[..., i], i) for i in range(levels - 1 + further)]
+        x = self.at_place(jnp.stack([bos, *codes], axis=3), jnp.arange(items)[:, None])
+        x = x.reshape(users, targets // items, -1, self.cfg.d_model)
+        h = self.decoder(x[:, :, :-1] if further else x, z, length)
+        logits = [self.level_logits(h[:, :, i :: levels + 1], i) for i in range(levels)]
+        return jnp.stack(logits, axis=3).reshape(users, targets, levels, -1)
 
     def start(self, batch: Batch) -> tuple[CrossCache, BeamCache]:
         """Encodes users once and returns the caches that `decode_step` needs."""
         return self.decoder.cross_cache(*self.encode(batch)), BeamCache()
 
-    def decode_step(self, code, cross: CrossCache, cache: BeamCache, level: int):
+    def decode_step(self, code, cross: CrossCache, cache: BeamCache, level: int, item: int = 0):
         """Logits of one level for every beam.
 
         Args:
-          code: int32 `[B, W]`, the code of level `level - 1` of each beam; ignored at level 0,
-            where BOS is the input.
+          code: int32 `[B, W]`, the latest code of each beam: of level `level - 1`, or at level 0 of
+            the last level of the item before. Ignored at the start, where BOS is the input.
           cross, cache: from `start` and the step before.
+          item: place in the list of the item that is being decoded.
 
         Returns:
           Float32 logits `[B, W, V]` and the updated cache.
         """
-        if level == 0:
-            x = jnp.broadcast_to(self.bos.astype(self.dtype), (*code.shape, self.cfg.d_model))
-        else:
-            x = self.embed_code(code, level - 1)
-        h, cache = self.decoder.step(x, cross, cache)
-        return self.level_logits(h, level), cache
+        if level > 0:
+            x = self.at_place(self.embed_code(code, level - 1), item)
+            h, cache = self.decoder.step(x, cross, cache)
+            return self.level_logits(h, level), cache
+        bos = jnp.broadcast_to(self.bos.astype(self.dtype), (*code.shape, self.cfg.d_model))
+        x = self.at_place(bos, item)
+        if item == 0:
+            h, cache = self.decoder.step(x, cross, cache)
+            return self.level_logits(h, level), cache
+        # The last code of the item before and BOS, in one pass.
+        last = self.at_place(self.embed_code(code, self.spec.levels - 1), item - 1)
+        h, cache = self.decoder.step(jnp.stack([last, x], axis=1), cross, cache)
+        return self.level_logits(h[:, 1], level), cache.next_item()

@@ -40,14 +40,27 @@ def feature_width(cfg: ModelConfig, spec: FeatureSpec) -> int:
     return width + cfg.author_dim * bool("author" in cfg.features and spec.num_authors)
 
 
+def decoder_positions(cfg: ModelConfig, spec: FeatureSpec, targets: float) -> tuple[float, int]:
+    """Positions in the decoder of a user's `targets`, and of the sequence that each is one of.
+
+    A sequence is BOS and the codes of one target but the last. That of a list has the last codes
+    too, but that of the last item.
+    """
+    items = int(max(min(cfg.session_items, targets), 1))
+    sequence = items * (spec.levels + 1) - 1
+    return targets * sequence / items if items > 1 else targets * sequence, sequence
+
+
 def forward_flops(
-    cfg: ModelConfig, spec: FeatureSpec, targets: int = 1, lengths: dict | None = None
+    cfg: ModelConfig, spec: FeatureSpec, targets: int | None = None, lengths: dict | None = None
 ) -> dict[str, int | np.ndarray]:
     """FLOPs of one user's forward pass, by part; `targets` share the encoder's part of it.
 
     Args:
+      targets: None: one, or one list of a model of lists.
       lengths: of the three histories, numbers or int `[U]` for U users; None: full ones.
     """
+    targets = cfg.session_items if targets is None else targets
     d, f, width = cfg.d_model, cfg.ff_dim, feature_width(cfg, spec)
     lengths = _lengths(cfg, lengths)
     lifelong, recent = lengths["lifelong"], lengths["short"] + lengths["positive"]
@@ -73,7 +86,8 @@ def forward_flops(
         + (cfg.encoder_layers - with_experts) * dense
     )
     decoder = cfg.decoder_layers * 2 * tokens * d * d  # keys and values
-    decoder = decoder + targets * levels * _decoder_macs(cfg, tokens, levels)
+    positions, sequence = decoder_positions(cfg, spec, targets)
+    decoder = decoder + positions * _decoder_macs(cfg, tokens, sequence)
     heads = targets * levels * d * spec.codebook_size
     parts = {
         "pathways": pathways,
@@ -88,7 +102,7 @@ def forward_flops(
 
 
 def _decoder_macs(cfg: ModelConfig, tokens, positions):
-    """Multiply-adds of one position in the decoder: it sees so many of the user and of its ID."""
+    """Multiply-adds of one position in the decoder: it sees so many of the user and of its own."""
     d, with_experts = cfg.d_model, cfg.expert_layers("decoder")
     experts = d * cfg.num_experts + cfg.experts_per_token * 3 * d * cfg.expert_dim
     return (
@@ -105,6 +119,7 @@ def generation_flops(
     lengths: dict | None = None,
     *,
     independent: bool = False,
+    items: int = 1,
 ) -> dict[str, int | np.ndarray]:
     """FLOPs of one user's search with `width` beams, by part; arguments as `forward_flops`.
 
@@ -112,11 +127,17 @@ def generation_flops(
 
     Args:
       independent: `width` independent draws, a row each from the second level on, alike or not.
+      items: of the lists that are searched, each of `width` beams. Before every item but the first
+        a beam runs two positions, of which the heads read one.
     """
     parts, rows = forward_flops(cfg, spec, 0, lengths), 1
     tokens = encoder_tokens(cfg, spec, _lengths(cfg, lengths))
-    for level in range(spec.levels):
-        parts["decoder"] = parts["decoder"] + 2 * rows * _decoder_macs(cfg, tokens, level + 1)
+    for item, level in np.ndindex(items, spec.levels):
+        seen = item * (spec.levels + 1) + level + 1
+        macs = _decoder_macs(cfg, tokens, seen)
+        if item and not level:
+            macs = macs + _decoder_macs(cfg, tokens, seen - 1)
+        parts["decoder"] = parts["decoder"] + 2 * rows * macs
         parts["heads"] = parts["heads"] + 2 * rows * cfg.d_model * spec.codebook_size
         rows = width if independent else min(width, rows * spec.codebook_size)
     return {name: flops if np.ndim(flops) else int(flops) for name, flops in parts.items()}
@@ -125,7 +146,7 @@ def generation_flops(
 def train_flops(
     cfg: ModelConfig,
     spec: FeatureSpec,
-    targets: float = 1,
+    targets: float | None = None,
     lengths: dict | None = None,
     dropped: float = 0,
 ):
@@ -136,9 +157,11 @@ def train_flops(
       dropped: share of the rows sent to experts, over all layers, that found no room there
         (`dropped` of `training.step.train_step`): nothing was computed for them.
     """
+    targets = cfg.session_items if targets is None else targets
     tokens = encoder_tokens(cfg, spec, _lengths(cfg, lengths))
     layers = cfg.expert_layers("encoder"), cfg.expert_layers("decoder")
-    rows = cfg.experts_per_token * (layers[0] * tokens + layers[1] * targets * spec.levels)
+    positions, _ = decoder_positions(cfg, spec, targets)
+    rows = cfg.experts_per_token * (layers[0] * tokens + layers[1] * positions)
     lost = 2 * 3 * cfg.d_model * cfg.expert_dim * rows * dropped
     flops = 3 * (sum(forward_flops(cfg, spec, targets, lengths).values()) - lost)
     return flops if np.ndim(flops) else flops.item()

@@ -17,7 +17,7 @@ from onerec_jax.errors import InputError
 from onerec_jax.inputs import FeatureSpec
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import AXES, USER_AXES, MeshConfig, shardings_of, split_over_data
-from onerec_jax.training.flops import abstract_batch, feature_width
+from onerec_jax.training.flops import abstract_batch, decoder_positions, feature_width
 from onerec_jax.training.step import init_state
 
 
@@ -49,7 +49,7 @@ def step_memory(
     mesh: MeshConfig,
     *,
     users: int,
-    targets: int = 1,
+    targets: int | None = None,
     accumulate: int = 1,
 ) -> Memory:
     """Memory of one device of a mesh, which need not exist here.
@@ -57,6 +57,7 @@ def step_memory(
     Args:
       tx: optimizer.
       users: of a step, over all devices.
+      targets: of a user, as `forward_flops`.
       accumulate: parts of a step.
     """
     sizes = dataclasses.asdict(mesh) | {"data": mesh.data or 1}
@@ -115,8 +116,10 @@ def policy_memory(
     )
 
 
-def user_activations(cfg: ModelConfig, spec: FeatureSpec, *, targets: int = 1) -> int:
-    """Bytes that the backward pass needs of one user with full histories."""
+def user_activations(cfg: ModelConfig, spec: FeatureSpec, *, targets: int | None = None) -> int:
+    """Bytes that the backward pass needs of one user with full histories; `targets` as
+    `forward_flops`."""
+    targets = cfg.session_items if targets is None else targets
     d, f = cfg.d_model, cfg.ff_dim
     width = feature_width(cfg, spec)
     lifelong = cfg.slots("lifelong")
@@ -137,7 +140,8 @@ def user_activations(cfg: ModelConfig, spec: FeatureSpec, *, targets: int = 1) -
         return tokens * (layers * d + kept / layers if cfg.remat and layers else kept)
 
     encoder = stack("encoder", cfg.encoder_layers, tokens, 0)
-    decoder = stack("decoder", cfg.decoder_layers, codes, 4 * d)
+    positions, _ = decoder_positions(cfg, spec, targets)
+    decoder = stack("decoder", cfg.decoder_layers, positions, 4 * d)
     decoder += cfg.decoder_layers * tokens * 2 * d  # keys and values of the encoder's tokens
     itemsize = 4 if cfg.compute_dtype == "float32" else 2  # "auto": as on an accelerator
     logits = 2 * codes * spec.codebook_size * 4 / itemsize

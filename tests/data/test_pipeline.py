@@ -1,5 +1,6 @@
 """The stream of training batches: from memory or by worker processes, always the same."""
 
+import dataclasses
 import pickle
 
 import chex
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from onerec_jax.data.batches import BatchBuilder
+from onerec_jax.data.batches import BatchBuilder, padded_batches
 from onerec_jax.data.compress import compress
 from onerec_jax.data.examples import train_examples
 from onerec_jax.data.features import (
@@ -120,3 +121,27 @@ def test_length_buckets_only_trim_padding(parts):
 def test_a_batch_larger_than_the_data_set(parts):
     with pytest.raises(InputError, match="--train.batch-size 9999"):
         stream(parts, batch_size=9999)
+
+
+def test_examples_that_name_their_targets(parts):
+    """From memory, from workers, resumed; the history is that of the position."""
+    builder, mapped, examples, end = parts
+    log = builder.log
+    rows = np.random.default_rng(0).integers(0, len(log.item), (len(examples), 4))
+    named = dataclasses.replace(examples, rows=rows)
+    whole = take(stream((builder, mapped, named, end))(), 5)
+    chex.assert_trees_all_equal(
+        take(stream((builder, mapped, named, end), workers=1)(2), 3), whole[2:]
+    )
+    plain = take(stream(parts)(), 1)[0]
+    chex.assert_trees_all_equal(
+        whole[0].replace(target=plain.target, target_count=plain.target_count), plain
+    )
+    index, _ = stream(parts).assembler().batches(0)
+    np.testing.assert_array_equal(whole[0].target, builder.items.sid[log.item[rows[index]]])
+    np.testing.assert_array_equal(whole[0].target_count, 4)
+    padded = list(padded_batches(builder, named, 7))
+    lists = np.concatenate([batch.target[:real] for batch, real in padded])
+    np.testing.assert_array_equal(lists, builder.items.sid[log.item[rows]])
+    with pytest.raises(InputError, match="--pipeline.targets-per-user 2: session lists"):
+        stream((builder, mapped, named, end), targets_per_user=2)

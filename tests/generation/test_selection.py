@@ -11,6 +11,7 @@ from onerec_jax.generation.selection import (
     candidates,
     diversity,
     select,
+    spread,
 )
 
 
@@ -71,3 +72,22 @@ def test_diversity_by_hand():
     sids = np.array([[0, 1, 1], [0, 1, 2], [0, 2, 0], [3, 1, 1]])
     lists = np.array([[0, 1, 2, 3], [1, 1, -1, -1], [-1, -1, -1, -1]])
     np.testing.assert_array_equal(diversity(lists, sids), [[2, 3, 4], [1, 1, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("at_most", [1, 2, 5])
+def test_spread_against_a_loop(at_most):
+    rng = np.random.default_rng(2)
+    sids = rng.integers(0, 4, (50, 3))
+    lists = np.stack([rng.permutation(50)[:15] for _ in range(20)]).astype(np.int32)
+    lists[rng.random(lists.shape) < 0.3] = -1
+    lists[0] = -1
+    for n in (1, 6, 20):
+        found = spread(lists, sids, n, at_most)
+        for row, items in zip(found, lists, strict=True):
+            taken, left = [], []
+            for item in items[items >= 0]:
+                code = sids[item, 0]
+                many = sum(sids[other, 0] == code for other in taken) >= at_most
+                (left if many else taken).append(item)
+            expected = (taken + left)[:n]
+            assert row.tolist() == expected + [-1] * (n - len(expected))

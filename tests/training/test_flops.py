@@ -85,13 +85,14 @@ def dense(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"lifelong_length": 0}, {"ff_dim": 512}, {"d_model": 128}],
-    ids=["all", "no lifelong", "wide", "large"],
+    [{}, {"lifelong_length": 0}, {"ff_dim": 512}, {"d_model": 128}, {"session_items": 5}],
+    ids=["all", "no lifelong", "wide", "large", "lists"],
 )
 def test_forward_against_the_compiler(changes):
     """XLA also counts norms, softmaxes and activations: a little more, never less."""
     cfg, spec, users = dense(**changes), bare_spec(codebook_size=64), 4
-    model, batch = OneRec(cfg, spec), random_batch(cfg, bare_spec(), users)
+    model = OneRec(cfg, spec)
+    batch = random_batch(cfg, bare_spec(), users, targets=cfg.session_items)
     variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
     # Counted before optimisation: no compiling, and no fusion hides a product.
     cost = jax.jit(model.apply).lower(variables, batch).cost_analysis()
@@ -192,6 +193,49 @@ def test_targets_share_the_encoder():
     assert four["heads"] == 4 * one["heads"]
     keys = 2 * 2 * 2 * 10 * 16 * 16  # of the encoder's tokens: once a user
     assert four["decoder"] - keys == 4 * (one["decoder"] - keys)
+
+
+def test_lists_by_hand():
+    """Five items of BOS and three codes less the last code: 19 positions that see one another."""
+    one, cfg, spec = tiny_config(), tiny_config(session_items=5), full_spec()
+    point, lists = forward_flops(one, spec), forward_flops(cfg, spec)
+    assert lists == forward_flops(cfg, spec, 5)
+    for name in ("pathways", "lifelong QFormer", "encoder"):
+        assert lists[name] == point[name]
+    assert lists["heads"] == 5 * point["heads"]
+    d, layers, tokens = 16, 2, 10
+    keys = 2 * layers * 2 * tokens * d * d
+    experts = d * 8 + 2 * 3 * d * 12
+    row = layers * (6 * d * d + 2 * (tokens + 19) * d + experts)
+    assert lists["decoder"] == keys + 2 * 19 * row
+    assert forward_flops(cfg, spec, 10)["decoder"] == keys + 2 * 38 * row
+    # The beginning of a list is a shorter one: one item costs what it costs anywhere.
+    assert forward_flops(cfg, spec, 1) == point
+    assert train_flops(cfg, spec) == 3 * sum(lists.values())
+    rows = 2 * layers * 19  # two experts each
+    lost = 3 * 2 * 3 * d * 12 * rows * 0.5
+    assert train_flops(cfg, spec, dropped=0.5) == 3 * sum(lists.values()) - lost
+
+
+def test_generation_of_lists_by_hand():
+    """Two items with four beams: 1, 4, 4, then 4 of two positions, 4, 4."""
+    cfg, spec = tiny_config(session_items=2), full_spec()
+    one, found = generation_flops(cfg, spec, 4), generation_flops(cfg, spec, 4, items=2)
+    assert one == generation_flops(tiny_config(), spec, 4)
+    assert found["heads"] - one["heads"] == 2 * (4 + 4 + 4) * 16 * 5
+    d, layers, tokens = 16, 2, 10
+    experts = d * 8 + 2 * 3 * d * 12
+    seen = [4, 5, 6, 7]
+    rows = [6 * d * d + 2 * (tokens + n) * d + experts for n in seen]
+    assert found["decoder"] - one["decoder"] == 2 * layers * 4 * sum(rows)
+    assert found["encoder"] == one["encoder"]
+
+
+def test_a_published_list_costs_four_single_items():
+    """0.935B, full histories, 128 beams, five items; the bound is six (docs/sessions.md)."""
+    cfg, spec = PRESETS["v1-0.935b"], nominal_spec(TokenizerConfig())
+    one, five = (sum(generation_flops(cfg, spec, 128, items=items).values()) for items in (1, 5))
+    assert 3.8 < five / one < 4.1
 
 
 @pytest.mark.parametrize("width", [1, 4, 100])

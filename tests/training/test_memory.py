@@ -52,18 +52,28 @@ def test_what_meshes_and_parts_save():
     assert memory(cfg=helpers.tiny_config(remat=True)).activations < whole.activations
 
 
-def test_activations_are_what_autodiff_keeps():
+@pytest.mark.parametrize("items", [1, 5])
+def test_activations_are_what_autodiff_keeps(items):
     """Of the size of the residuals of the real backward pass, in a model far from a real one."""
-    model, users = OneRec(CFG, SPEC, train=True), 16
-    batch = helpers.random_batch(CFG, SPEC, users)
+    cfg = helpers.tiny_config(session_items=items)
+    model, users = OneRec(cfg, SPEC, train=True), 16
+    batch = helpers.random_batch(cfg, SPEC, users, targets=items)
     params = helpers.random_variables(model, batch)
 
     def loss(params):
         return model.apply(params, batch).sum()
 
     back = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
-    kept = sum(4 * x.size for x in jax.tree.leaves(back) if x.shape[:1] in ((users,), (2, users)))
-    assert 0.5 < user_activations(CFG, SPEC) * users / max(kept, 1) < 4
+    # Users come first, or behind the decoder's layers.
+    kept = sum(4 * x.size for x in jax.tree.leaves(back) if users in x.shape[:2])
+    assert 0.5 < user_activations(cfg, SPEC) * users / max(kept, 1) < 4
+
+
+def test_activations_of_lists():
+    """19 positions in two layers of the decoder and 15 rows of logits, in place of 3 and 3."""
+    one, lists = (user_activations(helpers.tiny_config(session_items=m), SPEC) for m in (1, 5))
+    row = 2 * 12 * 16 + 2 * 2 * (2 * 16 + 3 * 12)
+    assert lists - one == 4 * (16 * row + 2 * 12 * 8)
 
 
 def test_a_joint_step_holds_two_policies_and_two_gradients():
