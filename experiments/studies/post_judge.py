@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from experiments import ab, posttrain
+from experiments import posttrain
 from experiments.evaluate import seen_items
 from experiments.pretrain import validation_examples
 from onerec_jax.data.examples import target_examples
@@ -23,6 +23,7 @@ from onerec_jax.evaluation.closed_loop import play
 from onerec_jax.evaluation.lists import expected_of_lists, mean_of_lists
 from onerec_jax.generation.legality import legality_by_level
 from onerec_jax.generation.rollout import rollout
+from onerec_jax.policies import RunPolicy
 from onerec_jax.posttraining.off_policy import negative_gradients
 from onerec_jax.posttraining.trainer import Rewarder
 from onerec_jax.reward_run import RewardRun
@@ -71,21 +72,20 @@ def judged(run: Run, reward: RewardRun, judge: RewardRun, cfg: JudgeConfig) -> d
     `loop METRIC` of `closed_loop.METRICS`.
     """
     test, mesh = target_examples(run.split.test_at), make_mesh(data=1)
-    n = max(cfg.list_length, *cfg.pass_at)
-    generator = run.generator(mesh, beam_width=max(cfg.beam_width, n), batch_size=cfg.batch_size)
+    generator = run.generator(mesh, beam_width=cfg.beam_width, batch_size=cfg.batch_size)
     variables = run.load_best()
     seen = seen_items(run, test)
-    found = generator.rank(variables, run.builder, test, n=n, seen=seen)
-    lists = found.lists[:, : cfg.list_length]
-    values = expected_of_lists(run.dataset, test, lists)
+    found = generator.rank(variables, run.builder, test, n=cfg.list_length, seen=seen)
+    values = expected_of_lists(run.dataset, test, found.lists)
     values["recall@10"] = (found.item_ranks < min(10, cfg.list_length)).astype(float)
     values["NTP loss"] = generator.loss(variables, run.builder, test).sum(-1)
-    scores = {}
-    for name, model in (("reward", reward), ("judge", judge)):
-        scores[name] = model.scorer(users=cfg.batch_size)(test, found.lists)["p"]
-        values[f"p, {name}"] = mean_of_lists(scores[name][:, : cfg.list_length])
+    scorers = {"reward": reward, "judge": judge}
+    scorers = {name: model.scorer(users=cfg.batch_size) for name, model in scorers.items()}
+    for name, scorer in scorers.items():
+        values[f"p, {name}"] = mean_of_lists(scorer(test, found.lists)["p"])
     flagged = flagged_items(run.dataset).astype(float)
-    values["flagged"] = mean_of_lists(np.where(lists >= 0, flagged[np.maximum(lists, 0)], np.nan))
+    of_list = np.where(found.lists >= 0, flagged[np.maximum(found.lists, 0)], np.nan)
+    values["flagged"] = mean_of_lists(of_list)
     for method in ("beam", "sample"):
         level = legality_by_level(
             run.model(), variables, run.ids, run.builder, test, mesh,
@@ -95,24 +95,17 @@ def judged(run: Run, reward: RewardRun, judge: RewardRun, cfg: JudgeConfig) -> d
         for number in range(level.shape[1] - 1):
             values[f"legality, {method}, level {number + 1}"] = level[:, number]
     if cfg.pass_at:
-        values |= pass_at(run.dataset, test, found.lists, scores["reward"], cfg.pass_at)
+        n = max(cfg.pass_at)
+        wide = run.generator(mesh, beam_width=n, batch_size=cfg.batch_size)
+        lists = wide.rank(variables, run.builder, test, n=n, seen=seen).lists
+        score = scorers["reward"](test, lists)["p"]
+        values |= pass_at(run.dataset, test, lists, score, cfg.pass_at)
     if cfg.days:
-        values |= {f"loop {k}": v for k, v in closed_loop(run, cfg, flagged).items()}
+        policy = RunPolicy(run, generator, list_length=cfg.list_length)
+        world = World.from_meta(run.dataset.meta)
+        loop = play(policy, world, run.dataset, days=cfg.days, room=cfg.room, flagged=flagged)
+        values |= {f"loop {name}": value for name, value in loop.items()}
     return values
-
-
-def closed_loop(run: Run, cfg: JudgeConfig, flagged: np.ndarray) -> dict[str, np.ndarray]:
-    """`closed_loop.METRICS` of every user of the platform, float64 `[U]`."""
-    shown = ab.AbConfig(
-        arms=("run", "run"),
-        list_length=cfg.list_length,
-        beam_width=cfg.beam_width,
-        batch_size=cfg.batch_size,
-    )
-    world = World.from_meta(run.dataset.meta)
-    return play(
-        ab.RunPolicy(run, shown), world, run.dataset, days=cfg.days, room=cfg.room, flagged=flagged
-    )
 
 
 def off_policy(

@@ -17,7 +17,6 @@ import rich.table
 
 from experiments import pretrain
 from experiments.studies import post_report
-from experiments.studies.arms import markdown_table
 from experiments.studies.post_config import SMALL, Changes, StudyConfig, changed
 from experiments.studies.post_runs import (
     Arm,
@@ -30,6 +29,7 @@ from experiments.studies.post_runs import (
 )
 from onerec_jax import cli
 from onerec_jax.errors import InputError
+from onerec_jax.evaluation.report import markdown_table
 from onerec_jax.files import write_text
 
 START = "start"
