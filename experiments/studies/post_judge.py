@@ -96,7 +96,9 @@ def judged(run: Run, reward: RewardRun, judge: RewardRun, cfg: JudgeConfig) -> d
             values[f"legality, {method}, level {number + 1}"] = level[:, number]
     if cfg.pass_at:
         n = max(cfg.pass_at)
-        wide = run.generator(mesh, beam_width=n, batch_size=cfg.batch_size)
+        wide = generator
+        if n > cfg.beam_width:
+            wide = run.generator(mesh, beam_width=n, batch_size=cfg.batch_size)
         lists = wide.rank(variables, run.builder, test, n=n, seen=seen).lists
         score = scorers["reward"](test, lists)["p"]
         values |= pass_at(run.dataset, test, lists, score, cfg.pass_at)

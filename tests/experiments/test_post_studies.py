@@ -1,7 +1,7 @@
 """The studies of post-training: their arms, what is run and what is not, tables and bad input.
 
-What would train and judge is replaced: it notes what it was asked for and writes scores that say
-which arm is better. The training itself is tested in test_posttrain.py.
+Where many runs are asked for, what would train and judge is replaced: it notes what it was asked
+for and writes scores that say which arm is better. One run is trained and judged in earnest.
 """
 
 import importlib
@@ -11,12 +11,21 @@ import types
 
 import numpy as np
 import pytest
+from test_ab import platform  # noqa: F401 (a fixture)
 
+from experiments.posttrain import PosttrainConfig
 from experiments.studies import post_config, post_report, post_runs, posttraining
 from experiments.studies.industrial import CUT, FACTORS, FREE
 from experiments.studies.post_config import SMALL, StudyConfig, changed
+from experiments.studies.post_judge import JudgeConfig
+from onerec_jax.data.schema import load_dataset
+from onerec_jax.data.splits import make_split
 from onerec_jax.data.world.constants import WorldConfig
-from onerec_jax.posttraining.step import ObjectiveConfig
+from onerec_jax.generation.rollout import RolloutConfig
+from onerec_jax.posttraining.step import FormatConfig, ObjectiveConfig
+from onerec_jax.sharding import MeshConfig
+from onerec_jax.training.loop import LoopConfig
+from onerec_jax.training.optimizer import OptimizerConfig
 
 NAMES = (
     *("rl", "group_size", "search", "sampler"),
@@ -167,6 +176,38 @@ def test_gradients_beside_the_bound(runner, undrawn):
     lines = posttraining.run_study(STUDIES["ecpo"], config_of(STUDIES["ecpo"]))["lines"]
     assert any("GRPO's exceeds that in 8 of 8 runs" in line for line in lines)
     assert any("GRPO: gradient norm of the policy losses 2.00" in line for line in lines)
+
+
+def test_a_run_is_trained_and_judged(platform, tmp_path):  # noqa: F811
+    _, folder = platform
+    reward = folder / "train_reward-0"
+    start = post_runs.Start(folder / "pretrain-0", reward, reward)
+    post = PosttrainConfig(
+        run=start.policy, reward=reward, out=tmp_path / "arm", rl_share=0.25, keep_rollouts=0,
+        rollout=RolloutConfig(group=6, refresh_every=0), format=FormatConfig(k=2),
+        train=LoopConfig(batch_size=8, steps=4, log_every=2, validate_every=4),
+        optimizer=OptimizerConfig(learning_rate=0.1, warmup_steps=0),
+        mesh=MeshConfig(data=1),
+    )  # fmt: skip
+    cfg = JudgeConfig(
+        list_length=3, beam_width=8, group=6, batch_size=8, pass_at=(1, 3), off_policy_users=8
+    )
+    post_runs.run_arm(post, start, cfg, tmp_path / "arm" / "scores.npz")
+    found = post_runs.read_measured([tmp_path / "arm/scores.npz"], [tmp_path / "arm/metrics.jsonl"])
+    assert found.stopped == [""]
+    assert [row["step"] for row in found.rows[0]] == [2, 4]
+    test_users = int((make_split(load_dataset(folder / "data")).test_at >= 0).sum())
+    assert all(values.shape == (1, test_users) for values in found.scores.values())
+    assert set(post_report.METRICS) <= set(found.scores)
+    assert "watch_s chosen@3" in found.scores
+    for name in ("legality, beam", "legality, sample", "flagged", "recall@10"):
+        assert np.nanmin(found.scores[name]) >= 0
+        assert np.nanmax(found.scores[name]) <= 1
+    np.testing.assert_array_equal(found.scores["p, reward"], found.scores["p, judge"])
+    (gradients,) = found.off_policy
+    assert gradients["items"] > 0
+    assert gradients["ecpo"] <= gradients["bound"] * (1 + 1e-5)
+    assert gradients["grpo"] > gradients["ecpo"]
 
 
 def test_a_stopped_arm_is_a_result(runner, undrawn):
