@@ -224,13 +224,13 @@ def objective_weights(config: PosttrainConfig, reward: RewardRun) -> dict[str, f
     return parse_objective(config.objective, ("p", *reward.objectives), reward.folder)
 
 
-def read_flagged(config: PosttrainConfig, run: Run) -> np.ndarray | None:
-    """Flagged items, bool `[I]`, or None."""
-    if config.flagged is None:
+def read_flagged(flagged: str | None, run: Run) -> np.ndarray | None:
+    """Items that --flagged names, bool `[I]`, or None."""
+    if flagged is None:
         return None
-    path = pathlib.Path(config.flagged)
+    path = pathlib.Path(flagged)
     if not path.is_file():
-        return flagged_items(run.dataset, config.flagged)
+        return flagged_items(run.dataset, flagged)
     words = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if run.dataset.items["item_id"].dtype.is_integer():
         try:
@@ -444,7 +444,7 @@ def main(config: PosttrainConfig) -> None:
             "without --targets sessions"
         )
     reward, judge = open_rewards(config, parent)
-    flagged = read_flagged(config, parent)
+    flagged = read_flagged(config.flagged, parent)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_mesh(
         mesh,

@@ -1,13 +1,16 @@
 """Holding down what the platform wants less of (SIR): OneRec Technical Report (arXiv 2506.13695),
 section 2.4.3.
 
-The reward is the click rate, by which the platform's content farms thrive: the P-Score holds them
-down by itself. First comes the arm without SIR; the target share f lies 10% below its share of
-flagged items among what is drawn, seed by seed, and the other arms differ by the factor alpha.
+The users of the simulated platform dislike its content farms, so that any reward learned from them
+drives farms out: there is nothing to hold down. What is held down here is the head, the items that
+the log shows most; --post.flagged names others. First comes the arm without SIR; the target share f
+lies 10% below its share of flagged items among what is drawn, seed by seed, and the other arms
+differ by the factor alpha.
 
     python -m experiments.studies.industrial --small
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,14 +18,35 @@ import numpy as np
 from experiments.studies.post_config import StudyConfig
 from experiments.studies.post_runs import Measured, Start, measure
 from experiments.studies.posttraining import Study, command
+from onerec_jax.files import write_text
 from onerec_jax.rewards.industrial import target_below
+from onerec_jax.run import Run
 from onerec_jax.training.metrics import late_mean
 
+HEAD = 0.05
+"""Share of the catalogue."""
 CUT = 0.1
 FACTORS = (0.9, 0.7, 0.5, 0.2)
 FREE = "no SIR"
 NEVER = {"industrial.target_share": 0.9999}
 """A share that is never exceeded: flagged items are counted and nothing is cut."""
+
+
+def prepare(config: StudyConfig, starts: list[Start]) -> StudyConfig:
+    """Flags the head of the catalogue, where nothing else is named, for training and judging."""
+    flagged = config.post.flagged
+    if flagged is None:
+        run = Run.open(starts[0].policy)
+        head = run.popular[: round(HEAD * run.dataset.num_items)]
+        ids = run.dataset.items["item_id"].gather(head).to_list()
+        path = starts[0].policy.parent / "head.txt"
+        write_text(path, "".join(f"{item}\n" for item in ids))
+        flagged = str(path)
+    return dataclasses.replace(
+        config,
+        post=dataclasses.replace(config.post, flagged=flagged),
+        judge=dataclasses.replace(config.judge, flagged=flagged),
+    )
 
 
 def arms(config: StudyConfig, starts: list[Start]):
@@ -72,7 +96,7 @@ STUDY = Study(
     arms=arms,
     headline=("flagged", "watch_s", "satisfaction"),
     curves=("flagged", "reward", "legality"),
-    post={"objective": "ctr", "flagged": "viral_farm"},
+    prepare=prepare,
     notes=notes,
 )
 

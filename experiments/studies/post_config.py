@@ -30,7 +30,7 @@ class StudyConfig:
 
     small: bool = False
     """Sizes for two CPU cores and half an hour in place of those for a GPU."""
-    world: WorldConfig = WorldConfig(users=5000, items=30_000, actions=200)
+    world: WorldConfig = WorldConfig(users=3000, items=20_000, actions=150)
     """The platform, simulated if its log is not there yet."""
     arms: tuple[str, ...] = ()
     """Which to run, the one that the others are compared with among them; default: all."""
@@ -63,8 +63,8 @@ class StudyConfig:
     judge: JudgeConfig = JudgeConfig()
     resamples: int = 2000
     """Bootstrap samples of users and seeds."""
-    parallel: int = os.cpu_count() or 1
-    """Runs at a time, each with its share of the CPU cores."""
+    parallel: int = 1
+    """Runs at a time, each with its share of the CPU cores; default of --small: one a core."""
     gpus: int = 0
     """GPUs to deal the runs out to; 0: they run where JAX puts them."""
     out: pathlib.Path | None = None
@@ -110,7 +110,7 @@ SMALL: dict[str, Any] = {
         guard=UNGUARDED,
         keep_rollouts=0,
     ),
-    "judge": JudgeConfig(),
+    "parallel": os.cpu_count() or 1,
 }
 """What --small changes in the defaults."""
 

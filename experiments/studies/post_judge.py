@@ -28,7 +28,6 @@ from onerec_jax.posttraining.off_policy import negative_gradients
 from onerec_jax.posttraining.trainer import Rewarder
 from onerec_jax.reward_run import RewardRun
 from onerec_jax.rewards.advantage import group_advantages
-from onerec_jax.rewards.industrial import flagged_items
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
 
@@ -51,6 +50,8 @@ class JudgeConfig:
     """Of each user in a closed loop with the platform (experiments.ab); 0: none."""
     room: int = 300
     """Most exposures of a user there."""
+    flagged: str = "viral_farm"
+    """Items whose share is measured: a column of the items table, or a file with an id a line."""
     off_policy_users: int = 0
     """Users whose items, drawn by the start, show what off-policy negatives do; 0: none."""
     off_policy_items: int = 64
@@ -83,7 +84,7 @@ def judged(run: Run, reward: RewardRun, judge: RewardRun, cfg: JudgeConfig) -> d
     scorers = {name: model.scorer(users=cfg.batch_size) for name, model in scorers.items()}
     for name, scorer in scorers.items():
         values[f"p, {name}"] = mean_of_lists(scorer(test, found.lists)["p"])
-    flagged = flagged_items(run.dataset).astype(float)
+    flagged = posttrain.read_flagged(cfg.flagged, run).astype(float)
     of_list = np.where(found.lists >= 0, flagged[np.maximum(found.lists, 0)], np.nan)
     values["flagged"] = mean_of_lists(of_list)
     for method in ("beam", "sample"):

@@ -158,7 +158,7 @@ def post_trained(config: PosttrainConfig) -> Run:
     """
     parent = posttrain.finished(Run.open(config.run))
     reward, _ = posttrain.open_rewards(config, parent)
-    flagged = posttrain.read_flagged(config, parent)
+    flagged = posttrain.read_flagged(config.flagged, parent)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     examples = posttrain.rsft_examples(config, parent)
     check_batch_size(config.train.batch_size, examples)

@@ -7,6 +7,7 @@ See docs/posttrain.md.
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -63,6 +64,8 @@ class Study:
     """What the study changes in the defaults of --post."""
     judge: Changes = dataclasses.field(default_factory=dict)
     """What the study changes in the defaults of --judge."""
+    prepare: Callable[[StudyConfig, list[Start]], StudyConfig] = lambda config, starts: config
+    """What the starts are needed for before the arms are known."""
     notes: Callable[[Mapping[str, Measured]], list[str]] = lambda measured: []
     """Further lines of the report."""
 
@@ -78,6 +81,7 @@ def run_study(study: Study, config: StudyConfig) -> dict[str, Any]:
     ground = ground_of(config)
     print(f"{ground.codes:,} IDs can be said, {ground.dataset.num_items:,} items have one")
     starts = starts_of(config, ground)
+    config = study.prepare(config, starts)
     measured = measure(config, starts, chosen(study.arms(config, starts), config), config.judge)
     scores = {arm: found.scores for arm, found in measured.items()}
     base = next(iter(scores))
@@ -157,6 +161,8 @@ def show(study: Study, header: list[str], rows: list[list[str]], lines: list[str
 def command(study: Study, argv: list[str] | None = None) -> None:
     """The command line of a study; `argv` replaces the process's own flags."""
     argv = sys.argv[1:] if argv is None else argv
+    # The runs are processes of their own: this one must leave them the GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     default = StudyConfig(**(SMALL if "--small" in argv else {}))
     default = dataclasses.replace(
         default, post=changed(default.post, study.post), judge=changed(default.judge, study.judge)

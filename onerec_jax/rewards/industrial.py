@@ -76,7 +76,7 @@ def target_below(share: float, cut: float) -> float:
     if not 0 < share <= 1:
         raise InputError(
             f"flagged items have a share of {share:.3g} where nothing holds them down: there is "
-            "nothing to cut; reward what they thrive by (--post.objective ctr), or train longer"
+            "nothing to cut, flag others"
         )
     return share * (1 - cut)
 

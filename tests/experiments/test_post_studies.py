@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from test_ab import platform  # noqa: F401 (a fixture)
 
+from experiments import posttrain
 from experiments.posttrain import PosttrainConfig
-from experiments.studies import post_config, post_report, post_runs, posttraining
+from experiments.studies import industrial, post_config, post_report, post_runs, posttraining
 from experiments.studies.industrial import CUT, FACTORS, FREE
 from experiments.studies.post_config import SMALL, StudyConfig, changed
 from experiments.studies.post_judge import JudgeConfig
@@ -23,6 +24,7 @@ from onerec_jax.data.splits import make_split
 from onerec_jax.data.world.constants import WorldConfig
 from onerec_jax.generation.rollout import RolloutConfig
 from onerec_jax.posttraining.step import FormatConfig, ObjectiveConfig
+from onerec_jax.run import Run
 from onerec_jax.sharding import MeshConfig
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig
@@ -159,7 +161,7 @@ def test_seeds_differ_and_their_gains_are_paired(runner, undrawn):
 
 
 def test_target_share_is_below_what_nothing_holds_down(runner, undrawn):
-    config = config_of(STUDIES["industrial"])
+    config = changed(config_of(STUDIES["industrial"]), {"post.flagged": "head.txt"})
     result = posttraining.run_study(STUDIES["industrial"], config)
     posts = [arguments[0] for arguments in runner.arms if len(arguments) == 4]
     held = [post for post in posts if post.industrial.target_share < 0.9]
@@ -167,9 +169,25 @@ def test_target_share_is_below_what_nothing_holds_down(runner, undrawn):
     for post in held:
         share = 0.1 * (post.seed + 1)  # of that seed's run without SIR
         assert post.industrial.target_share == pytest.approx((1 - CUT) * share)
-        assert post.flagged == "viral_farm"
+        assert post.flagged == "head.txt"
+    assert {arguments[2].flagged for arguments in runner.arms if len(arguments) == 4} == {
+        "head.txt"
+    }
     # All drew as many as without: 1 / 0.9 of the target.
     assert any("alpha 0.5: 15.00% of what is drawn, +11.1% off f" in x for x in result["lines"])
+
+
+def test_the_head_is_what_the_log_shows_most(platform):  # noqa: F811
+    _, folder = platform
+    start = post_runs.Start(folder / "pretrain-0", folder / "r", folder / "j")
+    config = industrial.prepare(config_of(STUDIES["industrial"]), [start])
+    assert config.post.flagged == config.judge.flagged
+    run = Run.open(start.policy)
+    flagged = posttrain.read_flagged(config.post.flagged, run)
+    assert flagged.sum() == 5
+    assert run.popularity[flagged].min() >= run.popularity[~flagged].max()
+    named = changed(config, {"post.flagged": "viral_farm"})
+    assert industrial.prepare(named, [start]).judge.flagged == "viral_farm"
 
 
 def test_gradients_beside_the_bound(runner, undrawn):
@@ -278,11 +296,20 @@ def test_flags_that_fit_nothing(runner, refused):
 def test_flags_reach_every_arm(monkeypatch):
     seen = []
     monkeypatch.setattr(posttraining, "run_study", lambda study, config: seen.append(config))
-    flags = ["--small", "--post.policy.delta", "0.3", "--world.name", "b", "--post.objective", "p"]
-    posttraining.command(STUDIES["industrial"], flags)
+    flags = [
+        "--small",
+        "--post.policy.delta",
+        "0.3",
+        "--world.name",
+        "b",
+        "--post.objective",
+        "vtr",
+    ]
+    posttraining.command(STUDIES["ecpo"], flags)
     (config,) = seen
     assert config.world == changed(SMALL["world"], {"name": "b"})
-    assert (config.post.policy.delta, config.post.objective) == (0.3, "p")
-    assert config.post.flagged == "viral_farm"  # the study's own default
-    assert config.post.rollout == SMALL["post"].rollout
+    assert (config.post.policy.delta, config.post.objective) == (0.3, "vtr")
+    # Of the two, what the study itself changes.
+    assert config.post.rollout == changed(SMALL["post"].rollout, {"refresh_every": 0})
+    assert config.judge.off_policy_users == 16
     assert post_config.changed(config.post, {"policy.delta": 0.1}).policy.delta == 0.1
