@@ -89,12 +89,13 @@ def run_study(study: Study, config: StudyConfig) -> dict[str, Any]:
         raise InputError(f"{base}, with which all is compared, was stopped in every seed")
     compared = post_report.compare(scores, config.resamples)
     shown = [m for m in (*study.metrics, *SHOWN) if m in scores[base]]
+    headline = [m for m in study.headline if m in scores[base]]  # --judge may leave some out
     header, rows = post_report.table(scores, compared, shown)
-    lines = found_lines(study, config, ground, measured, compared)
+    lines = found_lines(study, config, ground, measured, compared, headline)
     show(study, header, rows, lines)
 
     out.mkdir(parents=True, exist_ok=True)
-    post_report.draw_gains(out / "gains.png", compared, study.headline, base)
+    post_report.draw_gains(out / "gains.png", compared, headline, base)
     curves = {arm: found.rows for arm, found in measured.items() if found.rows}
     post_report.draw_curves(out / "curves.png", curves, study.curves)
     text = "\n\n".join([f"# {study.question}", markdown_table(header, rows), *lines])
@@ -129,12 +130,14 @@ def chosen(arms: Mapping[str, Arm], config: StudyConfig) -> dict[str, Arm]:
     return kept
 
 
-def found_lines(study: Study, config: StudyConfig, ground: Ground, measured, compared) -> list[str]:
+def found_lines(
+    study: Study, config: StudyConfig, ground: Ground, measured, compared, headline
+) -> list[str]:
     """What the report found and what was found here, a line each."""
     base, *_ = measured
     users, world = measured[base].scores["watch_s"].shape[1], ground.world
     lines = [f"The report: {study.paper}"]
-    lines += [f"Here: {x}" for x in post_report.verdict(compared, study.headline, base)]
+    lines += [f"Here: {x}" for x in post_report.verdict(compared, headline, base)]
     lines += study.notes(measured)
     for arm, found in measured.items():
         for seed, why in enumerate(found.stopped):

@@ -197,7 +197,7 @@ def test_gradients_beside_the_bound(runner, undrawn):
 
 
 def test_a_run_is_trained_and_judged(platform, tmp_path):  # noqa: F811
-    _, folder = platform
+    world, folder = platform
     reward = folder / "train_reward-0"
     start = post_runs.Start(folder / "pretrain-0", reward, reward)
     post = PosttrainConfig(
@@ -208,14 +208,24 @@ def test_a_run_is_trained_and_judged(platform, tmp_path):  # noqa: F811
         mesh=MeshConfig(data=1),
     )  # fmt: skip
     cfg = JudgeConfig(
-        list_length=3, beam_width=8, group=6, batch_size=8, pass_at=(1, 3), off_policy_users=8
+        list_length=3,
+        beam_width=8,
+        group=6,
+        batch_size=8,
+        pass_at=(1, 3),
+        off_policy_users=8,
+        days=0.5,
+        room=4,
     )
     post_runs.run_arm(post, start, cfg, tmp_path / "arm" / "scores.npz")
     found = post_runs.read_measured([tmp_path / "arm/scores.npz"], [tmp_path / "arm/metrics.jsonl"])
     assert found.stopped == [""]
     assert [row["step"] for row in found.rows[0]] == [2, 4]
     test_users = int((make_split(load_dataset(folder / "data")).test_at >= 0).sum())
-    assert all(values.shape == (1, test_users) for values in found.scores.values())
+    for name, values in found.scores.items():
+        assert values.shape == (1, world.config.users if name.startswith("loop") else test_users)
+    assert (found.scores["loop stay_s"] >= found.scores["loop watch_s"]).all()
+    assert found.scores["loop views"].max() > 0
     assert set(post_report.METRICS) <= set(found.scores)
     assert "watch_s chosen@3" in found.scores
     for name in ("legality, beam", "legality, sample", "flagged", "recall@10"):
