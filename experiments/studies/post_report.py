@@ -144,6 +144,7 @@ def draw_gains(path: pathlib.Path, compared: dict, names: Sequence[str], base: s
             gains = scale * np.array(found["by_seed"])
             axis.plot(gains, np.full(len(gains), row), "o", color="tab:blue", alpha=0.6)
         axis.axvline(0, color="grey", linewidth=0.8)
+        axis.locator_params(axis="x", nbins=4)
         axis.set_title(how.title, fontsize=9)
         axis.set_xlabel(("% over " if how.relative else "over ") + base, fontsize=8)
         axis.set_yticks(range(len(compared)), list(compared), fontsize=8)
