@@ -33,13 +33,14 @@ def notes(measured: Mapping[str, Measured]) -> list[str]:
         )
     runs = [x for found in measured.values() for x in found.off_policy if x.get("items")]
     if runs:
-        above = sum(x["grpo"] > x["bound"] for x in runs)
-        mean = {k: np.mean([x[k] for x in runs]) for k in ("items", "grpo", "ecpo", "bound")}
+        above = sum(x["grpo_item"] > x["bound"] for x in runs)
+        mean = {k: np.mean([x[k] for x in runs]) for k in runs[0]}
         lines.append(
-            f"Negatives drawn by the start and early-clipped, {mean['items']:.0f} a run: the norm "
-            f"of GRPO's gradient is {mean['grpo']:.3g}, of ECPO's {mean['ecpo']:.3g}, and the most "
-            f"that ECPO's can be {mean['bound']:.3g}; GRPO's exceeds that in {above} of "
-            f"{len(runs)} runs."
+            f"Negatives drawn by the start and early-clipped, {mean['items']:.0f} a run, "
+            f"{mean['share']:.1%} of the negatives, largest ratio {mean['ratio']:.3g}: one item's "
+            f"gradient has a norm of {mean['grpo_item']:.3g} under GRPO and {mean['bound']:.3g} "
+            f"under ECPO, its bound, which GRPO exceeds in {above} of {len(runs)} runs; their mean "
+            f"gradient, in which they cancel in part, {mean['grpo']:.3g} and {mean['ecpo']:.3g}."
         )
     return lines
 

@@ -37,9 +37,10 @@ def negative_gradients(
 
     Returns:
       `items` (N), `share` (of the negatives that are early-clipped), `ratio` (largest pi / pi_old),
-      and where N > 0 `grpo` and `ecpo`, norms of the mean gradient over the N items, and `bound`,
-      `mean of (1 + epsilon + delta) |A| |grad log pi|`: by the triangle inequality ECPO's norm is
-      never above it.
+      and where N > 0 norms of gradients. One item at a time: `grpo_item`, mean of ratio |A| |grad
+      log pi|, and `bound`, mean of (1 + epsilon + delta) |A| |grad log pi|, which is what ECPO
+      makes of it and, by the triangle inequality, the most that ECPO's mean gradient can have. Of
+      the mean over the items, whose gradients cancel in part: `grpo` and `ecpo`.
     """
     valid, advantage = np.asarray(valid_rg), np.asarray(advantage_rg)
     logp_rg = _item_logp(model, variables["params"], variables, batch, sid_rgs)
@@ -62,8 +63,10 @@ def negative_gradients(
         _item_norm(model, variables, jax.tree.map(lambda x, r=r: x[r, None], batch), sid_rgs[r, g])
         for r, g in early
     ]
-    weight_n = (1 + cfg.epsilon + cfg.delta) * np.abs(advantage[early[:, 0], early[:, 1]])
-    found["bound"] = float(np.mean(weight_n * np.array(norm_n, np.float64)))
+    at = tuple(early.T)
+    norm_n = np.abs(advantage[at]) * np.array(norm_n, np.float64)
+    found["grpo_item"] = float(np.mean(raw[at] * norm_n))
+    found["bound"] = float(np.mean((1 + cfg.epsilon + cfg.delta) * norm_n))
     return found
 
 

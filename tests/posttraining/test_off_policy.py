@@ -53,6 +53,7 @@ def test_one_item_reaches_the_bound(drawn):
     assert found["ratio"] == pytest.approx(20, rel=1e-4)
     assert found["ecpo"] == pytest.approx(found["bound"], rel=1e-4)
     assert found["grpo"] / found["ecpo"] == pytest.approx(20 / 1.3, rel=1e-3)
+    assert found["grpo_item"] == pytest.approx(found["grpo"], rel=1e-3)
 
 
 def test_several_items_stay_below_the_bound(drawn):
@@ -63,6 +64,8 @@ def test_several_items_stay_below_the_bound(drawn):
     assert found["share"] == pytest.approx(3 / 6)
     assert 0 < found["ecpo"] <= found["bound"] * (1 + 1e-5)
     assert found["grpo"] > found["ecpo"]
+    assert found["grpo"] <= found["grpo_item"] * (1 + 1e-5)
+    assert found["grpo_item"] > found["bound"]
     assert gradients(drawn, ratio, advantage, limit=2)["items"] == 2
 
 
