@@ -319,7 +319,13 @@ def make_policy(config: BenchmarkConfig, spec, clock: Clock):
         return balance(OneRec(cfg, spec), variables, some, width, steps)[0]
 
     policy = PolicyTrainer(
-        trainer, start, run, Rewarder(run, judge), config.rollout, seed=0, record=lambda *_: None
+        trainer,
+        start,
+        run,
+        Rewarder(run, judge, {"p": 1.0}),
+        config.rollout,
+        seed=0,
+        record=lambda *_: None,
     )
     user = np.arange(config.users, dtype=np.int32)
     position = np.full(config.users, config.reward.history_length, np.int32)

@@ -46,6 +46,7 @@ from onerec_jax.posttraining.step import (
 from onerec_jax.posttraining.trainer import PolicyStream, PolicyTrainer, Rewarder, RolloutFiles
 from onerec_jax.reward_run import RewardRun, open_reward
 from onerec_jax.rewards.industrial import IndustrialConfig, flagged_items
+from onerec_jax.rewards.objective import parse_objective, weighted_score
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.sharding import USER_AXES, MeshConfig, check_mesh, make_mesh
 from onerec_jax.training.loop import Interrupted, LoopConfig, fit
@@ -95,7 +96,8 @@ class PosttrainConfig:
     """Run folder to write; default: runs/DATA-posttrain-HASH, one for each set of flags."""
     seed: int = 0
     objective: str = "p"
-    """What is rewarded: p, the preference score, or one of the reward's objectives, such as vtr."""
+    """What is rewarded: p, the preference score; one of the reward's objectives, such as vtr; or
+    a sum of them weighted by hand, such as ctr=1,lvtr=2,ltr=5."""
     rl_share: float = 0.01
     """Share of the users of a step that get rollouts, at least one a device; 0.01 in the report."""
     rsft_drop: float = 0.5
@@ -212,22 +214,23 @@ def finished(run: Run) -> Run:
 def open_rewards(config: PosttrainConfig, parent: Run) -> tuple[RewardRun, RewardRun | None]:
     """The reward and the judge."""
     reward = finished(open_reward(config.reward, parent))
-    known = ("p", *reward.objectives)
-    if config.objective not in known:
-        raise InputError(
-            f"--objective {config.objective}: {config.reward} knows {', '.join(known)}: give one"
-        )
+    objective_weights(config, reward)  # refuses what the reward does not know
     judge = None if config.judge is None else finished(open_reward(config.judge, parent))
     return reward, judge
 
 
-def read_flagged(config: PosttrainConfig, run: Run) -> np.ndarray | None:
-    """Flagged items, bool `[I]`, or None."""
-    if config.flagged is None:
+def objective_weights(config: PosttrainConfig, reward: RewardRun) -> dict[str, float]:
+    """What is rewarded, by name."""
+    return parse_objective(config.objective, ("p", *reward.objectives), reward.folder)
+
+
+def read_flagged(flagged: str | None, run: Run) -> np.ndarray | None:
+    """Items that --flagged names, bool `[I]`, or None."""
+    if flagged is None:
         return None
-    path = pathlib.Path(config.flagged)
+    path = pathlib.Path(flagged)
     if not path.is_file():
-        return flagged_items(run.dataset, config.flagged)
+        return flagged_items(run.dataset, flagged)
     words = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if run.dataset.items["item_id"].dtype.is_integer():
         try:
@@ -289,7 +292,7 @@ def rollout_users(config: PosttrainConfig, mesh) -> int:
     return users
 
 
-def make_validation(config: PosttrainConfig, run: Run, scorer, mesh):
+def make_validation(config: PosttrainConfig, run: Run, scorer, weights, mesh):
     """Validation on a fixed sample of users: NTP loss, items, legality, reward of lists."""
     examples = validation_examples(run, config.validate_users, config.seed)
     generator = run.generator(
@@ -299,7 +302,7 @@ def make_validation(config: PosttrainConfig, run: Run, scorer, mesh):
     def validate(variables) -> dict[str, float]:
         loss = float(generator.loss(variables, run.builder, examples).sum(-1).mean())
         found = generator.rank(variables, run.builder, examples, n=config.list_length)
-        reward = scorer(examples, found.lists)[config.objective]
+        reward = weighted_score(scorer(examples, found.lists), weights)
         values = {
             "loss": loss,
             "reward": float(np.nanmean(reward)),
@@ -311,8 +314,15 @@ def make_validation(config: PosttrainConfig, run: Run, scorer, mesh):
     return validate
 
 
-def train(config: PosttrainConfig, parent: Run, run: Run, reward, examples, flagged, mesh):
-    """Trains to the end, from the latest checkpoint if there is one."""
+def train(
+    config: PosttrainConfig, parent: Run, run: Run, reward, examples, flagged, mesh, validate=None
+):
+    """Trains to the end, from the latest checkpoint if there is one.
+
+    Args:
+      validate: in place of `make_validation`'s.
+    """
+    weights = objective_weights(config, reward)
     users = rollout_users(config, mesh)
     stream = TrainStream(
         run.builder,
@@ -341,7 +351,7 @@ def train(config: PosttrainConfig, parent: Run, run: Run, reward, examples, flag
         trainer,
         lambda abstract: parent.checkpoints.restore_model(abstract, parent.best_step),
         run,
-        Rewarder(run, reward.scorer(users=users), config.objective, flagged),
+        Rewarder(run, reward.scorer(users=users), weights, flagged),
         config.rollout,
         seed=config.seed,
         record=RolloutFiles(run.folder / "rollouts", config.keep_rollouts, run),
@@ -351,7 +361,9 @@ def train(config: PosttrainConfig, parent: Run, run: Run, reward, examples, flag
         f"{len(examples):,} examples, {users} of {config.train.batch_size} users a step with "
         f"{config.rollout.group} items each ({config.rollout.method}), in {run.folder}"
     )
-    scorer = reward.scorer(users=config.evaluation.batch_size)
+    if validate is None:
+        scorer = reward.scorer(users=config.evaluation.batch_size)
+        validate = make_validation(config, run, scorer, weights, mesh)
     return fit(
         policy,
         PolicyStream(stream, users),
@@ -359,7 +371,7 @@ def train(config: PosttrainConfig, parent: Run, run: Run, reward, examples, flag
         run.metrics,
         config.train,
         seed=config.seed,
-        validate=make_validation(config, run, scorer, mesh),
+        validate=validate,
         guard=config.guard,
     )
 
@@ -383,6 +395,7 @@ def compare(config: PosttrainConfig, parent: Run, run: Run, reward, judge) -> di
     scorers = {
         name: x.scorer(users=config.evaluation.batch_size) for name, x in scorers.items() if x
     }
+    rewarded = {"p": {"p": 1.0}, config.objective: objective_weights(config, reward)}
     values = {}
     for name, source in (("before", parent), ("after", run)):
         variables = source.load_best()
@@ -390,9 +403,9 @@ def compare(config: PosttrainConfig, parent: Run, run: Run, reward, judge) -> di
         here = values[name] = {"items a list": (found.lists >= 0).sum(1).astype(float)}
         for who, scorer in scorers.items():
             scores = scorer(test, found.lists)
-            for kind in dict.fromkeys(("p", config.objective)):
-                if kind in scores:
-                    here[f"{kind}, {who}"] = mean_of_lists(scores[kind])
+            for kind, weights in rewarded.items():
+                if weights.keys() <= scores.keys():
+                    here[f"{kind}, {who}"] = mean_of_lists(weighted_score(scores, weights))
         if "world" in run.dataset.meta:
             expected = expected_of_lists(run.dataset, test, found.lists)
             here |= {f"{k}, expected by the world": v for k, v in expected.items()}
@@ -431,7 +444,7 @@ def main(config: PosttrainConfig) -> None:
             "without --targets sessions"
         )
     reward, judge = open_rewards(config, parent)
-    flagged = read_flagged(config, parent)
+    flagged = read_flagged(config.flagged, parent)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_mesh(
         mesh,

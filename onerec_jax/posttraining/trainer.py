@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from onerec_jax.inputs import Batch
 from onerec_jax.posttraining.step import PolicyBatch
 from onerec_jax.rewards.advantage import check_rewards
 from onerec_jax.rewards.format import legal_prefixes
+from onerec_jax.rewards.objective import weighted_score
 from onerec_jax.run import Run
 from onerec_jax.sharding import on_mesh, put_batch
 from onerec_jax.training.step import Trainer, TrainState
@@ -67,7 +68,8 @@ class Rewarder:
     run: Run
     score: Callable[[Examples, np.ndarray], dict[str, np.ndarray]]
     """As `reward_run.Scorer`."""
-    objective: str = "p"
+    weights: Mapping[str, float]
+    """What is rewarded, as of `parse_objective`."""
     flagged: np.ndarray | None = None
     """Bool `[I]`, items of the industrial reward."""
 
@@ -89,7 +91,7 @@ class Rewarder:
         """
         item = find_items(drawn.sid, drawn.alive, self.run.ids, *self._by_leaf)
         first = first_of_each(item)
-        reward = self.score(Examples(user, position), item)[self.objective]
+        reward = weighted_score(self.score(Examples(user, position), item), self.weights)
         check_rewards(reward, item, self.run.dataset.items["item_id"])
         legal = legal_prefixes(drawn.sid, self.run.ids)[drawn.alive]
         some = first.any(1)

@@ -65,6 +65,22 @@ def flagged_items(dataset: Dataset, flagged: str | Collection = "viral_farm") ->
     return mask
 
 
+def target_below(share: float, cut: float) -> float:
+    """The target share f that lies a part `cut` below the share that nothing holds down.
+
+    Raises:
+      InputError: the share is 0, or the cut leaves none of it or all.
+    """
+    if not 0 < cut < 1:
+        raise InputError(f"a cut of {cut} must lie between 0 and 1")
+    if not 0 < share <= 1:
+        raise InputError(
+            f"flagged items have a share of {share:.3g} where nothing holds them down: there is "
+            "nothing to cut, flag others"
+        )
+    return share * (1 - cut)
+
+
 def flagged_share(flagged_bg, valid_bg):
     """Share of the flagged among the valid items of a batch, float32; 0 without any."""
     return (flagged_bg & valid_bg).sum() / jnp.maximum(valid_bg.sum(), 1)

@@ -59,6 +59,14 @@ def mean_rows(rows: list[dict]) -> dict:
         return {key: np.nanmean([np.asarray(row[key]) for row in rows], axis=0) for key in rows[0]}
 
 
+def late_mean(rows: list[dict], name: str, share: float = 0.2) -> float:
+    """Mean of a metric over the last part of the logged rows that have it; NaN without any."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return math.nan
+    return float(np.mean(values[-max(round(share * len(values)), 1) :]))
+
+
 def first_non_finite(rows: list[dict]) -> tuple[int, str] | None:
     """Index and name of the first metric that is NaN or infinite."""
     for i, row in enumerate(rows):

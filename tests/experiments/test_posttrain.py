@@ -228,6 +228,7 @@ def test_flags_that_fit_nothing(posted, runs, tmp_path, refused):
         "--format.k 7 items of groups of 6": ["--format.k", 7],
         "--rollout.parts 999: 999 users would get rollouts": ["--rollout.parts", 999],
         "--objective fun: ": ["--objective", "fun"],
+        "--objective p=1,ctr: ctr has no weight": ["--objective", "p=1,ctr"],
         "--rl-share 0.0": ["--rl-share", 0],
         "--rsft-drop 1.0": ["--rsft-drop", 1],
         "--train.batch-size 99999": ["--train.batch-size", 99999],

@@ -14,6 +14,7 @@ from onerec_jax.rewards.industrial import (
     flagged_items,
     flagged_share,
     industrial_rewards,
+    target_below,
 )
 
 CFG = IndustrialConfig(target_share=0.25, factor=0.5)
@@ -75,3 +76,11 @@ def test_bad_lists(flagged, message):
 def test_bounds(name, value):
     with pytest.raises(InputError, match="--industrial." + name.replace("_", "-")):
         IndustrialConfig(**{name: value})
+
+
+def test_target_below_a_share():
+    assert target_below(0.2, 0.1) == pytest.approx(0.18)
+    IndustrialConfig(target_share=target_below(1.0, 0.1))
+    for share, cut in ((0.0, 0.1), (float("nan"), 0.1), (0.2, 0.0), (0.2, 1.0)):
+        with pytest.raises(InputError):
+            target_below(share, cut)

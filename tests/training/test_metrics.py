@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 
-from onerec_jax.training.metrics import MetricsLog, first_non_finite, mean_rows
+from onerec_jax.training.metrics import MetricsLog, first_non_finite, late_mean, mean_rows
 
 
 def test_rows_are_plain_json(tmp_path):
@@ -103,3 +103,10 @@ def test_a_metric_that_some_steps_lack(tmp_path):
         "x": 3.0,
         "y": [2.0, None],
     }
+
+
+def test_late_mean_is_of_the_last_rows_that_have_it():
+    rows = [{"x": value} for value in range(10)] + [{"y": 1.0}, {"x": None}]
+    assert late_mean(rows, "x") == 8.5
+    assert late_mean(rows, "x", share=0.01) == 9
+    assert np.isnan(late_mean(rows, "z"))
