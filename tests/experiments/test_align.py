@@ -19,6 +19,7 @@ from test_train_reward import MODEL
 
 from experiments import align, evaluate, posttrain, pretrain, train_session_reward
 from onerec_jax.data.examples import Examples
+from onerec_jax.data.exposures import share_of
 from onerec_jax.data.schema import save_dataset
 from onerec_jax.errors import InputError
 from onerec_jax.posttraining.trainer import PolicyStream
@@ -308,6 +309,24 @@ def test_runs_that_do_not_belong_together(runs, tmp_path, refused):
     other = edited(runs / "pre", tmp_path / "f", lambda c: c["settings"].update(targets="all"))
     message = refused(posttrain.run_command, other, *flags)
     assert "is a run of experiments.train_session_reward" in message
+
+
+def test_the_judge_is_another_model(runs, monkeypatch):
+    """Of another seed and shape, and of lists that the reward is not trained on."""
+    seen = []
+    monkeypatch.setattr(train_session_reward, "main", seen.append)
+    for flags in ([], ["--judge"], ["--judge", "--model.top-k", "9", "--seed", "7"]):
+        train_session_reward.run_command(["--run", str(runs / "pre"), *flags])
+    ours, judge, named = seen
+    assert (ours.share, judge.share) == ("reward", "judge")
+    assert judge.seed != ours.seed
+    assert judge.model.d_model != ours.model.d_model
+    assert (named.model.top_k, named.seed) == (9, 7)
+    windows = SessionRewardRun.open(runs / "reward").windows("valid")
+    parts = [share_of(windows, config.share, 0.25) for config in (ours, judge)]
+    rows = [set(zip(part.user, part.position, strict=True)) for part in parts]
+    assert not rows[0] & rows[1]
+    assert len(rows[0] | rows[1]) == len(windows)
 
 
 def test_flags_of_the_reward_that_fit_nothing(runs, tmp_path, refused):
