@@ -37,7 +37,7 @@ from onerec_jax.evaluation.session_lists import expected_of_sessions, mean_and_m
 from onerec_jax.files import read_json, write_text
 from onerec_jax.generation.session_generator import GeneratedLists, session_lists
 from onerec_jax.losses.preference import PreferenceConfig
-from onerec_jax.posttraining.pairs import AlignmentTrainer, BeamConfig, Judge, PairFiles
+from onerec_jax.posttraining.pairs import AlignmentTrainer, BeamConfig, PairFiles, PairMaker
 from onerec_jax.posttraining.preference_step import AlignmentConfig, PairBatch, alignment_step
 from onerec_jax.posttraining.step import init_policy_state
 from onerec_jax.posttraining.trainer import PolicyStream
@@ -294,7 +294,7 @@ def train(config: AlignConfig, parent: Run, run: Run, reward, examples, tester: 
         cfg=config.alignment,
         accumulate=config.train.accumulate,
     )
-    judge = Judge(
+    maker = PairMaker(
         run,
         reward.scorer(users=users, weights=config.head_weights),
         config.preference.rejected,
@@ -304,9 +304,9 @@ def train(config: AlignConfig, parent: Run, run: Run, reward, examples, tester: 
         trainer,
         lambda abstract: parent.checkpoints.restore_model(abstract, parent.best_step),
         run,
-        judge,
+        maker,
         config.beams,
-        record=PairFiles(run.folder / "pairs", config.keep_pairs, judge),
+        record=PairFiles(run.folder / "pairs", config.keep_pairs, maker),
     )
     every = config.refresh_every
     print(

@@ -80,7 +80,7 @@ def best_and_worst(reward_rw, rejected: int = 1, min_difference: float = 0.0):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judge:
+class PairMaker:
     """Items, rewards and pairs of what was drawn."""
 
     run: Run
@@ -106,10 +106,19 @@ class Judge:
           has of them, NumPy; and metrics: `reward` (mean over judged sessions), `best_reward`,
           `worst_reward` (means over users of the extremes of all that were judged), `legality`
           `[L]`, `skipped` (users without a pair), NaN where there is nothing to say.
+
+        Raises:
+          InputError: the reward of a list of items is no number.
         """
         alive = np.isfinite(drawn.logp)
-        sid = np.maximum(drawn.sid, 0)
-        reward = self.score(Examples(user, position), self.items(drawn))["reward"]
+        sid, item = np.maximum(drawn.sid, 0), self.items(drawn)
+        reward = self.score(Examples(user, position), item)["reward"]
+        bad = ~np.isfinite(reward) & (item >= 0).all(-1)
+        if bad.any():
+            raise InputError(
+                f"the rewards of {bad.sum()} of {bad.size} proposed lists are no numbers: look at "
+                "the reward run's metrics.jsonl and train it again"
+            )
         places, valid = best_and_worst(reward, self.rejected, self.min_difference)
         pairs = np.take_along_axis(sid, places[..., None, None], axis=1)
         known = np.isfinite(reward)
@@ -136,7 +145,7 @@ class PairFiles:
 
     folder: pathlib.Path
     every: int
-    judge: Judge
+    maker: PairMaker
 
     def __call__(self, step: int, batch: PairBatch, drawn: SessionBeams, reward, places, valid):
         """One row a session: step, user_id, position, place among the beams, semantic_ids, item_ids
@@ -144,14 +153,14 @@ class PairFiles:
         chosen, rejected or null."""
         if not self.every or step % self.every:
             return
-        run, (users, width) = self.judge.run, reward.shape
+        run, (users, width) = self.maker.run, reward.shape
         part = np.full((users, width), None, object)
         for row in np.flatnonzero(valid):
             part[row, places[row, 0]], part[row, places[row, 1:]] = "chosen", "rejected"
         names, ids = run.dataset.users["user_id"], run.dataset.items["item_id"].to_list()
         alive = np.isfinite(drawn.logp).ravel()
         sid = drawn.sid.reshape(users * width, *drawn.sid.shape[2:])
-        item = self.judge.items(drawn).reshape(users * width, -1)
+        item = self.maker.items(drawn).reshape(users * width, -1)
         frame = pl.DataFrame(
             {
                 "step": np.full(users * width, step),
@@ -179,7 +188,7 @@ class AlignmentTrainer:
         trainer: Trainer,
         start: Callable[[dict], TrainState],
         run: Run,
-        judge: Judge,
+        maker: PairMaker,
         cfg: BeamConfig,
         *,
         record: Callable[..., None],
@@ -187,7 +196,7 @@ class AlignmentTrainer:
         """`start` loads the variables to begin from, given abstract ones; `record` as
         `PairFiles`."""
         self.mesh, self.abstract_state = trainer.mesh, trainer.abstract_state
-        self.judge, self.record, self._start = judge, record, start
+        self.maker, self.record, self._start = maker, record, start
         self._update, self._init = trainer.step, trainer.init_from
         trie = build_trie(run.ids.leaf_sids, run.ids.codebook_size) if cfg.masked else None
         model = run.model()
@@ -203,11 +212,11 @@ class AlignmentTrainer:
         return self._init(self._start(self.abstract_state.variables))
 
     def step(self, state: TrainState, batch: PairBatch) -> tuple[TrainState, dict]:
-        """As `alignment_step`, with the metrics of `Judge`."""
+        """As `alignment_step`, with the metrics of `PairMaker`."""
         drawn, user, position, step = jax.device_get(
             (self._draw(state.sampler, batch.rl), batch.user, batch.position, state.step)
         )
-        reward, places, parts, found = self.judge(user, position, drawn)
+        reward, places, parts, found = self.maker(user, position, drawn)
         self.record(int(step) + 1, batch, drawn, reward, places, parts["valid"])
         batch = batch.replace(**put_batch(parts, self.mesh))
         state, metrics = self._update(state, batch)

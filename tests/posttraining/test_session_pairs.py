@@ -9,7 +9,7 @@ import pytest
 
 from onerec_jax.errors import InputError
 from onerec_jax.generation.session_beam import SessionBeams
-from onerec_jax.posttraining.pairs import BeamConfig, Judge, PairFiles, best_and_worst
+from onerec_jax.posttraining.pairs import BeamConfig, PairFiles, PairMaker, best_and_worst
 from onerec_jax.posttraining.preference_step import PairBatch
 
 NAN = np.nan
@@ -85,9 +85,9 @@ def test_judged_and_kept(run, tmp_path):
     serving = first[1][first[0][:-1]][run.ids.leaf_of_item]  # of items with one ID the first
     shown = [[[1, 2], [7, 8], [-1, 11], [0, 1]], [[3, 4]] * 4]
     drawn = drawn_of(run, shown, dead=[(1, 3)])
-    judge = Judge(run, score, 1, 1e-3)
+    maker = PairMaker(run, score, 1, 1e-3)
     user, position = np.array([0, 2]), np.array([1, 2])
-    reward, places, parts, found = judge(user, position, drawn)
+    reward, places, parts, found = maker(user, position, drawn)
     wanted = [serving[x].sum() for x in ([1, 2], [7, 8], [0, 1])]
     np.testing.assert_array_equal(reward[0], [wanted[0], wanted[1], NAN, wanted[2]])
     assert np.isnan(reward[1, 3])
@@ -102,7 +102,7 @@ def test_judged_and_kept(run, tmp_path):
     assert found["legality"][-1] == pytest.approx(13 / 14)  # of the codes that are alive
 
     batch = PairBatch(None, None, user, position)
-    files = PairFiles(tmp_path / "pairs", 5, judge)
+    files = PairFiles(tmp_path / "pairs", 5, maker)
     files(4, batch, drawn, reward, places, parts["valid"])
     assert not (tmp_path / "pairs").exists()
     files(5, batch, drawn, reward, places, parts["valid"])
@@ -120,10 +120,19 @@ def test_judged_and_kept(run, tmp_path):
 
 def test_without_a_single_judged_list(run):
     drawn = drawn_of(run, [[[-1, 2], [-1, 3]]])
-    _, _, parts, found = Judge(run, score)(np.zeros(1, int), np.ones(1, int), drawn)
+    _, _, parts, found = PairMaker(run, score)(np.zeros(1, int), np.ones(1, int), drawn)
     assert not parts["valid"].any()
     assert np.isnan(found["reward"])
     assert found["skipped"] == 1
+
+
+def test_a_reward_that_is_no_number(run):
+    def broken(examples, items):
+        return {"reward": np.full(items.shape[:2], np.inf, np.float32)}
+
+    drawn = drawn_of(run, [[[-1, 2], [1, 3]]])
+    with pytest.raises(InputError, match="the rewards of 1 of 2 proposed lists are no numbers"):
+        PairMaker(run, broken)(np.zeros(1, int), np.ones(1, int), drawn)
 
 
 def test_too_few_sessions():
