@@ -271,7 +271,7 @@ def make_validation(config: AlignConfig, run: Run, tester: ListTester):
     return validate
 
 
-def train(config: AlignConfig, parent: Run, run: Run, reward, examples, tester: ListTester, mesh):
+def train(config: AlignConfig, parent: Run, run: Run, examples, tester: ListTester, mesh):
     """Trains to the end, from the latest checkpoint if there is one."""
     users = rollout_users(config.dpo_share, config.train.batch_size, mesh)
     stream = TrainStream(
@@ -296,7 +296,7 @@ def train(config: AlignConfig, parent: Run, run: Run, reward, examples, tester: 
     )
     maker = PairMaker(
         run,
-        reward.scorer(users=users, weights=config.head_weights),
+        dataclasses.replace(tester.scorers["reward"], users=users),
         config.preference.rejected,
         config.beams.min_difference,
     )
@@ -310,7 +310,7 @@ def train(config: AlignConfig, parent: Run, run: Run, reward, examples, tester: 
     )
     every = config.refresh_every
     print(
-        f"aligning {parent.folder} with {reward.folder} by {config.preference.loss}: "
+        f"aligning {parent.folder} with {config.reward} by {config.preference.loss}: "
         f"{len(examples):,} lists, {users} of {config.train.batch_size} users a step with "
         f"{config.beams.width} proposed lists, "
         f"{f'iterations of {every} steps' if every else 'a fixed reference'}, in {run.folder}"
@@ -388,7 +388,7 @@ def main(config: AlignConfig) -> None:
         result = read_json(path)
     else:
         try:
-            _, progress = train(config, parent, run, reward, examples, tester, mesh)
+            _, progress = train(config, parent, run, examples, tester, mesh)
         except Interrupted as interrupted:
             print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
             raise SystemExit(130) from None

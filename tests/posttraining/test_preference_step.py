@@ -22,7 +22,7 @@ from onerec_jax.sharding import make_mesh, put_batch
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
-SPEC = helpers.bare_spec()
+SPEC = helpers.bare_spec(levels=2)
 CFG = helpers.tiny_config(
     num_experts=4,
     decoder_layers=1,
