@@ -43,7 +43,7 @@ def quick_compilation():
 
 
 def make_trainer(loss="dpo", *, weight=1.0, refresh_every=2, joint=True):
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
     args = (OneRec(CFG, SPEC, train=True), make_optimizer(optimizer, 100), make_mesh(2))
     if not joint:
         return Trainer(*args, EXAMPLE, seed=3)
@@ -147,8 +147,11 @@ def test_next_token_prediction_is_as_without_pairs(stepped, variables):
 
 def test_several_rejected_and_never_a_new_reference(variables):
     batch = make_batch(SESSIONS, (True,) * PAIRED)
-    states, rows = run(make_trainer("s-dpo", refresh_every=0), variables, batch, 3)
+    trainer = make_trainer("s-dpo", weight=100, refresh_every=0)  # next to pairs alone
+    states, rows = run(trainer, variables, batch, 3)
     np.testing.assert_allclose(rows[0]["loss_preference"], np.log(3), rtol=1e-5)  # one of three
+    losses = [row["loss_preference"] for row in rows]
+    assert losses == sorted(losses, reverse=True)
     assert rows[2]["margin"] > rows[1]["margin"] > 0
     jax.tree.map(np.testing.assert_array_equal, states[2].sampler, variables)
 
