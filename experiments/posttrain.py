@@ -275,19 +275,19 @@ def open_run(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -
     )
 
 
-def rollout_users(config: PosttrainConfig, mesh) -> int:
+def rollout_users(share: float, batch_size: int, mesh, parts: int = 1) -> int:
     """Users of a step that get rollouts: the share asked for, rounded up to fill the devices.
 
     Raises:
       InputError: the step has too few users for the parts.
     """
-    unit = math.prod(mesh.shape[axis] for axis in USER_AXES) * config.rollout.parts
-    users = max(round(config.rl_share * config.train.batch_size), 1)
+    unit = math.prod(mesh.shape[axis] for axis in USER_AXES) * parts
+    users = max(round(share * batch_size), 1)
     users = -(-users // unit) * unit
-    if users > config.train.batch_size:
+    if users > batch_size:
         raise InputError(
-            f"--rollout.parts {config.rollout.parts}: {users} users would get rollouts, and a step "
-            f"has {config.train.batch_size}: lower it or raise --train.batch-size"
+            f"--rollout.parts {parts}: {users} users would get rollouts, and a step "
+            f"has {batch_size}: lower it or raise --train.batch-size"
         )
     return users
 
@@ -323,7 +323,7 @@ def train(
       validate: in place of `make_validation`'s.
     """
     weights = objective_weights(config, reward)
-    users = rollout_users(config, mesh)
+    users = rollout_users(config.rl_share, config.train.batch_size, mesh, config.rollout.parts)
     stream = TrainStream(
         run.builder,
         examples,
@@ -416,9 +416,9 @@ def compare(config: PosttrainConfig, parent: Run, run: Run, reward, judge) -> di
     return {"users": len(test), "list_length": config.list_length, "metrics": rows}
 
 
-def show(result: dict) -> None:
+def show(result: dict, title: str) -> None:
     """Print before and after."""
-    table = rich.table.Table(title=f"{result['users']} test users, lists of unseen items")
+    table = rich.table.Table(title=title)
     for i, name in enumerate(("mean over users", "before", "after", "difference", "95% interval")):
         table.add_column(name, justify="right" if i else "left")
     for name, row in result["metrics"].items():
@@ -454,7 +454,8 @@ def main(config: PosttrainConfig) -> None:
     )
     examples = rsft_examples(config, parent)
     check_batch_size(config.train.batch_size, examples)
-    rollout_users(config, mesh)  # refuses parts that do not fit before there is a folder
+    # Refuses parts that do not fit before there is a folder.
+    rollout_users(config.rl_share, config.train.batch_size, mesh, config.rollout.parts)
     run = open_run(config, parent, reward, flagged)
     path = run.folder / "comparison.json"
     if path.exists():
@@ -471,7 +472,7 @@ def main(config: PosttrainConfig) -> None:
         seconds = {"train": progress.seconds, "compare": time.perf_counter() - start}
         evaluate.evaluate_run(run, config.evaluation, seconds)
         write_text(path, json.dumps(result, indent=1))
-    show(result)
+    show(result, f"{result['users']} test users, lists of unseen items")
     print(f"\neverything lies in {run.folder}: comparison.json, report.md, rollouts, checkpoints")
     print(f"more: python -m experiments.evaluate {run.folder}")
 

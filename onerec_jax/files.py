@@ -42,6 +42,15 @@ def write_text(path, text: str) -> None:
     os.replace(tmp, path)
 
 
+def write_parquet(path, frame) -> None:
+    """Writes a Polars data frame by way of a temporary sibling; makes the folder."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp")
+    frame.write_parquet(tmp)
+    os.replace(tmp, path)
+
+
 def read_json(path) -> dict:
     """A JSON file of ours.
 

@@ -146,3 +146,4 @@ class RewardBatch:
     hidden: jax.Array  # int32 [B, M], newest entries that an item must not see
     since: jax.Array  # int32 [B, M], seconds from the time that an item is judged at to the request
     label: jax.Array  # int8 [B, M, objectives], 0 or 1; -1: unknown or no exposure
+    session_label: jax.Array | None = None  # int8 [B, W, heads], of lists of M / W items each

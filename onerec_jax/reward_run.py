@@ -5,7 +5,9 @@ import functools
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from onerec_jax.data.examples import Examples
@@ -28,19 +30,79 @@ from onerec_jax.models.reward import PScore, RewardConfig
 from onerec_jax.run import Run
 
 
-class RewardRun(Run):
+class ExposureRun(Run):
+    """What the runs of rewards, of items and of sessions, have in common."""
+
+    flag = "--out"
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return tuple(self.config["settings"]["objectives"])
+
+    @functools.cached_property
+    def parts(self) -> Parts:
+        """Bounds of training, validation and test exposures."""
+        values = self.config["settings"]
+        return exposure_parts(
+            self.dataset, self.split, values["valid_fraction"], values["test_fraction"]
+        )
+
+    def share_of(self, part: str, whole):
+        """Blocks or windows of a part; of the training part those of this run's share."""
+        values = self.config["settings"]
+        return share_of(whole, values["share"], values["judge_share"]) if part == "train" else whole
+
+    @property
+    def training_rows(self) -> np.ndarray:
+        """Rows of the log that the run trains on, int64 `[n]`."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def known_item(self) -> np.ndarray:
+        """Which items the training exposures have shown, bool `[I]`."""
+        known = np.zeros(self.dataset.num_items, bool)
+        known[self.dataset.item_rows[self.training_rows]] = True
+        return known
+
+    @functools.cached_property
+    def builder(self) -> RewardBatchBuilder:
+        """Builds batches from the run's own log."""
+        return RewardBatchBuilder(
+            action_log(self.dataset, self.spec),
+            item_features(self.dataset, self.split, self.ids, self.spec),
+            self.model_config,
+            self.known_item,
+        )
+
+    def check_items(self, run: Run) -> None:
+        """Refuses to judge items of another table than a policy's.
+
+        Raises:
+          InputError: another data set or other semantic IDs.
+        """
+        for part, name in (("data", "item table"), ("semantic_ids", "semantic IDs")):
+            if self.config[part]["fingerprint"] != run.config[part]["fingerprint"]:
+                raise InputError(
+                    f"{self.folder} judges items of {self.config[part]['folder']}, {run.folder} "
+                    f"has {run.config[part]['folder']}, another {name}: train the reward with "
+                    f"--run {run.folder}"
+                )
+
+    def unfinished(self) -> InputError:
+        return InputError(
+            f"{self.folder} is not trained to its end: run `{self.config['command']}` on"
+        )
+
+
+class RewardRun(ExposureRun):
     """An opened run folder of `experiments.train_reward`."""
 
-    stage, flag = "train_reward", "--out"
+    stage = "train_reward"
     stages = (stage,)
 
     @functools.cached_property
     def model_config(self) -> RewardConfig:
         return RewardConfig(**self.config["settings"]["model"])
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        return tuple(self.config["settings"]["objectives"])
 
     @functools.cached_property
     def weight_no(self) -> np.ndarray:
@@ -54,37 +116,13 @@ class RewardRun(Run):
         labels = objective_labels(self.dataset, rule, self.objectives)
         return np.stack([labels[name] for name in self.objectives], axis=1)
 
-    @functools.cached_property
-    def parts(self) -> Parts:
-        """Bounds of training, validation and test exposures."""
-        values = self.config["settings"]
-        return exposure_parts(
-            self.dataset, self.split, values["valid_fraction"], values["test_fraction"]
-        )
-
     def blocks(self, part: str) -> Blocks:
         """All blocks of a part; of the training part those of this run's share."""
-        blocks, values = make_blocks(*getattr(self.parts, part)), self.config["settings"]
-        if part != "train":
-            return blocks
-        return share_of(blocks, values["share"], values["judge_share"])
+        return self.share_of(part, make_blocks(*getattr(self.parts, part)))
 
-    @functools.cached_property
-    def builder(self) -> RewardBatchBuilder:
-        """Builds batches from the run's own log."""
-        return RewardBatchBuilder(
-            action_log(self.dataset, self.spec),
-            item_features(self.dataset, self.split, self.ids, self.spec),
-            self.model_config,
-            self.known_item,
-        )
-
-    @functools.cached_property
-    def known_item(self) -> np.ndarray:
-        """Which items the training exposures have shown, bool `[I]`."""
-        known = np.zeros(self.dataset.num_items, bool)
-        known[self.dataset.item_rows[self.blocks("train").rows(self.dataset.offsets)]] = True
-        return known
+    @property
+    def training_rows(self) -> np.ndarray:
+        return self.blocks("train").rows(self.dataset.offsets)
 
     @property
     def example(self):
@@ -110,9 +148,7 @@ class RewardRun(Run):
         """
         path = self.folder / "weights.json"
         if not path.exists():
-            raise InputError(
-                f"{self.folder} is not trained to its end: run `{self.config['command']}` on"
-            )
+            raise self.unfinished()
         return read_json(path)["fusion"]
 
     def choose(self, fusion: int) -> None:
@@ -147,20 +183,6 @@ class RewardRun(Run):
 
         return predict
 
-    def check_items(self, run: Run) -> None:
-        """Refuses to judge items of another table than a policy's.
-
-        Raises:
-          InputError: another data set or other semantic IDs.
-        """
-        for part, name in (("data", "item table"), ("semantic_ids", "semantic IDs")):
-            if self.config[part]["fingerprint"] != run.config[part]["fingerprint"]:
-                raise InputError(
-                    f"{self.folder} judges items of {self.config[part]['folder']}, {run.folder} "
-                    f"has {run.config[part]['folder']}, another {name}: train the reward with "
-                    f"--run {run.folder}"
-                )
-
     def scorer(self, *, users: int = 32, log=None) -> "Scorer":
         """The best checkpoint, ready to score; see `Scorer`."""
         builder = self.builder
@@ -171,38 +193,30 @@ class RewardRun(Run):
         fusion = jax.tree.map(lambda x: x[kept : kept + 1], fusions)
         variables = {**variables, "params": {**variables["params"], "fusion": fusion}}
         model = self.model().clone(fusions=1)
-        return Scorer(model, variables, builder, self.objectives, users)
+        return Scorer(model, variables, builder, users, self.objectives)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scorer:
-    """Scores candidates for requests: `scorer(examples, item_rows)`.
+class CandidateScorer:
+    """Scores candidates for requests.
 
     One compiled shape for each number of candidates: users go through `users` at a time, and what a
     user gets does not depend on who else is there.
     """
 
-    model: PScore
-    """With the one fusion that is read."""
+    model: nn.Module
     variables: dict
     builder: RewardBatchBuilder
-    objectives: tuple[str, ...]
     users: int
 
-    def __call__(
-        self, examples: Examples, item_rows: np.ndarray, request_time_s=None
-    ) -> dict[str, np.ndarray]:
-        """Probabilities of B users and G candidates each.
+    def judged(self, examples: Examples, item_rows: np.ndarray, request_time_s=None) -> np.ndarray:
+        """What `rates` gives of B users and G candidates each, in parts of `users`.
 
         Args:
           examples: of B users; each is asked at a position, with the history before it.
           item_rows: int `[B, G]`; -1 is no item.
           request_time_s: int `[B]`; None: when the action at the position happened.
-
-        Returns:
-          `p` and every objective: float32 `[B, G]`, NaN where there is no item.
         """
-        item_rows = np.asarray(item_rows)
         parts = []
         for start in range(0, len(examples), self.users):
             index = np.arange(start, min(start + self.users, len(examples)))
@@ -214,11 +228,13 @@ class Scorer:
                 None if request_time_s is None else np.asarray(request_time_s)[full],
             )
             parts.append(jax.device_get(self._apply(self.variables, batch))[: len(index)])
-        found = np.concatenate(parts)
-        found[item_rows < 0] = np.nan
-        return {name: found[..., i] for i, name in enumerate(("p", *self.objectives))}
+        return np.concatenate(parts)
 
-    def over(self, log, *, users: int | None = None) -> "Scorer":
+    def rates(self, variables, batch):
+        """Probabilities of a batch, float32 `[B, …]`."""
+        raise NotImplementedError
+
+    def over(self, log, *, users: int | None = None) -> "CandidateScorer":
         """The same over another `ActionLog` of the same users, so many at a time.
 
         Nothing compiles anew but another number of users at a time, once.
@@ -231,12 +247,31 @@ class Scorer:
 
     @functools.cached_property
     def _apply(self):
-        @jax.jit
-        def score(variables, batch):
-            tower_bmo, p_bm1 = self.model.apply(variables, batch)
-            return jax.nn.sigmoid(jax.numpy.concatenate([p_bm1, tower_bmo], axis=-1))
+        return jax.jit(self.rates)
 
-        return score
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer(CandidateScorer):
+    """Scores items: `scorer(examples, item_rows)`. Its model has the one fusion that is read."""
+
+    objectives: tuple[str, ...]
+
+    def __call__(
+        self, examples: Examples, item_rows: np.ndarray, request_time_s=None
+    ) -> dict[str, np.ndarray]:
+        """Probabilities of B users and G candidates each; arguments as `judged`.
+
+        Returns:
+          `p` and every objective: float32 `[B, G]`, NaN where there is no item.
+        """
+        item_rows = np.asarray(item_rows)
+        found = self.judged(examples, item_rows, request_time_s)
+        found[item_rows < 0] = np.nan
+        return {name: found[..., i] for i, name in enumerate(("p", *self.objectives))}
+
+    def rates(self, variables, batch):
+        tower_bmo, p_bm1 = self.model.apply(variables, batch)
+        return jax.nn.sigmoid(jnp.concatenate([p_bm1, tower_bmo], axis=-1))
 
 
 def open_reward(folder: pathlib.Path, run: Run) -> RewardRun:

@@ -61,7 +61,7 @@ class Run:
 
     stage = "pretrain"
     """The experiment that makes such runs."""
-    stages = ("pretrain", "posttrain")
+    stages = ("pretrain", "posttrain", "align")
     """Those whose runs open as this: a post-trained model is as any other."""
     flag = "--run"
     """Its flag for the folder."""

@@ -101,12 +101,18 @@ def _effective_view_s(dataset: Dataset, rule: LabelRule) -> np.ndarray:
     return np.where(known, np.minimum(duration, rule.effective_view_s), rule.effective_view_s)
 
 
-def check_labels(labels: dict[str, np.ndarray], training: np.ndarray, named: Sequence[str] = ()):
+def check_labels(
+    labels: dict[str, np.ndarray],
+    training: np.ndarray,
+    named: Sequence[str] = (),
+    flag: str = "--objectives",
+):
     """The objectives whose training labels differ, and those that are left out.
 
     Args:
       training: int `[n]`, rows of the training exposures.
       named: objectives that must not be left out.
+      flag: that names them.
 
     Raises:
       InputError: a named objective, or every one, has the same label throughout.
@@ -119,7 +125,7 @@ def check_labels(labels: dict[str, np.ndarray], training: np.ndarray, named: Seq
         elif name in named:
             found = ", ".join(str(x) for x in values[values >= 0]) or "unknown"
             raise InputError(
-                f"--objectives {name}: all its training labels are {found}, so there is nothing "
+                f"{flag} {name}: all its training labels are {found}, so there is nothing "
                 "to learn: leave it out"
             )
         else:
@@ -214,10 +220,10 @@ def make_blocks(start: np.ndarray, end: np.ndarray) -> Blocks:
     return Blocks(user, last.astype(np.int32), (last - first).astype(np.int32))
 
 
-def share_of(blocks: Blocks, share: Literal["all", "reward", "judge"], judge_share: float):
-    """The training blocks of a reward model or of its judge; no block is of both.
+def share_of(blocks, share: Literal["all", "reward", "judge"], judge_share: float):
+    """The training blocks (or windows) of a reward model or of its judge; none is of both.
 
-    Drawn block by block with a fixed seed, so that it depends on the data set alone.
+    Drawn one by one with a fixed seed, so that it depends on the data set alone.
     """
     if share == "all":
         return blocks
@@ -262,7 +268,9 @@ class RewardBatchBuilder:
             label=np.where(valid[..., None], labels_no[row_bm], -1).astype(np.int8),
         )
 
-    def candidates(self, user, position, item_bm, request_time_s=None) -> RewardBatch:
+    def candidates(
+        self, user, position, item_bm, request_time_s=None, slots: int | None = None
+    ) -> RewardBatch:
         """Batch of B requests with M candidates each, without labels.
 
         Args:
@@ -270,14 +278,16 @@ class RewardBatchBuilder:
           item_bm: int `[B, M]`, item rows.
           request_time_s: int `[B]`; None: the time of the action at the position, or of the last
             one where there is none.
+          slots: history entries T; None: as many as are needed.
         """
+        slots = self.cfg.history_length if slots is None else slots
         user, position = np.asarray(user), np.asarray(position)
         log = self.log
         if request_time_s is None and log.time_s is not None:
             here, end = log.offsets[user] + position, log.offsets[user + 1]
             at = np.where(here < end, here, np.maximum(here - 1, 0))
             request_time_s = log.time_s[np.minimum(at, len(log.time_s) - 1)]
-        history = self._history(user, position, request_time_s, self.cfg.history_length)
+        history = self._history(user, position, request_time_s, slots)
         zero = np.zeros(item_bm.shape, np.int32)
         label = np.full((*item_bm.shape, 0), -1, np.int8)
         return RewardBatch(*history, self._target(item_bm), hidden=zero, since=zero, label=label)
@@ -323,24 +333,37 @@ class ExposureStream:
 
     def __call__(self, step: int = 0) -> Iterator[RewardBatch]:
         """Grain iterator over this process's share of batch `step` and all later ones."""
-        import grain
-
         slots = self.builder.cfg.history_length + BLOCK
         lengths = np.minimum(self.blocks.end, slots)
-        sizes = bucket_sizes(slots)
-        batches = ShuffledBatches(len(self.blocks), self.batch_size, self.seed, lengths, sizes)
-        processes, process = jax.process_count(), jax.process_index()
-        share = slice(
-            process * self.batch_size // processes, (process + 1) * self.batch_size // processes
+
+        def assemble(index, padded) -> RewardBatch:
+            return self.builder.exposures(self.blocks[index], self.labels_no, padded)
+
+        return shuffled_stream(
+            assemble, step, self.batch_size, self.seed, lengths, bucket_sizes(slots)
         )
 
-        def assemble(batch: int) -> RewardBatch:
-            index, padded = batches(batch)
-            return self.builder.exposures(self.blocks[index[share]], self.labels_no, padded)
 
-        dataset = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(assemble)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        return iter(dataset.to_iter_dataset(options))
+def shuffled_stream(assemble, step: int, batch_size: int, seed: int, lengths, sizes):
+    """Grain iterator over this process's share of batch `step` and all later ones.
+
+    Args:
+      assemble: example numbers int `[B]` and slots for their histories -> batch.
+      lengths, sizes: as `ShuffledBatches`.
+    """
+    import grain
+
+    batches = ShuffledBatches(len(lengths), batch_size, seed, lengths, sizes)
+    processes, process = jax.process_count(), jax.process_index()
+    share = slice(process * batch_size // processes, (process + 1) * batch_size // processes)
+
+    def make(batch: int) -> RewardBatch:
+        index, padded = batches(batch)
+        return assemble(index[share], padded)
+
+    dataset = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(make)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(dataset.to_iter_dataset(options))
 
 
 def padded_blocks(builder: RewardBatchBuilder, blocks: Blocks, labels_no, batch_size: int):

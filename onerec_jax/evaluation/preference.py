@@ -3,6 +3,8 @@
 Axes: n exposures or pairs, O objectives, N sets of label weights, B requests, G candidates.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.stats import rankdata
 
@@ -40,6 +42,51 @@ def objective_metrics(user, label, probability, p) -> dict:
         "p_gauc": p_user_auc,
         "calibration": calibration(label, probability),
     }
+
+
+def validation_metrics(
+    names: Sequence[str], label_no, logit_no, others: dict[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """`loss` (cross-entropy, summed over objectives), AUC of each where there are both kinds of
+    label, and `score`, the negative loss.
+
+    Args:
+      label_no: int `[n, O]`, -1 unknown; logit_no: float `[n, O]`.
+      others: prefix of a metric -> a score `[n]` whose AUC is asked for as well.
+    """
+    found = {"loss": 0.0}
+    for i, name in enumerate(names):
+        known = label_no[:, i] >= 0
+        label, logit = label_no[known, i], logit_no[known, i].astype(float)
+        if known.any():
+            found["loss"] += float(np.mean(np.logaddexp(0, logit) - label * logit))
+        scores = {"auc": logit} | {k: x[known] for k, x in (others or {}).items()}
+        for kind, score in scores.items():
+            if (value := auc(label, score)) == value:  # there may be one kind of label only
+                found[f"{kind}_{name}"] = value
+    return found | {"score": -found["loss"]}
+
+
+def held_out_metrics(
+    user, item, labels: dict, scores: dict, history, num_items: int, fused: str = "p"
+) -> dict:
+    """`objective_metrics` of every objective, and the AUC of what the items say without the user.
+
+    Args:
+      user: int `[n]`; item: int `[n]`, or `[n, S]` where lists are judged.
+      labels: objective -> int `[n]`, -1 unknown; scores: objective -> probability `[n]`, and
+        `fused`.
+      history: items as `item` and labels int `[k, O]` of the training part.
+    """
+    item, (trained, label_ko) = np.reshape(item, (len(user), -1)), history
+    trained, found = np.reshape(trained, (len(label_ko), -1)), {}
+    for i, (name, label) in enumerate(labels.items()):
+        found[name] = objective_metrics(user, label, scores[name], scores[fused])
+        repeated = np.repeat(label_ko[:, i], trained.shape[1])
+        rates = item_rates(trained.ravel(), repeated, num_items)
+        known = label >= 0
+        found[name]["item_rate_auc"] = auc(label[known], rates[item[known]].mean(1))
+    return found
 
 
 def item_rates(item, label, num_items: int, prior: float = 20.0) -> np.ndarray:
@@ -101,21 +148,66 @@ def world_expectations(
     answers = [world.expected(user, item, other, slot, time_s) for other in others]
     answer = Response(*(np.mean(field, axis=0) for field in zip(*answers, strict=True)))
     rates = {name: getattr(answer, field) for name, field in WORLD_RATES.items()}
-    return rates | {"satisfaction": satisfaction(answer)}
+    return rates | {"satisfaction": satisfaction(answer), "watch_s": answer.watch_s}
 
 
-def against_world(expected: dict, scores: dict) -> dict[str, float]:
-    """Spearman correlations over all pairs `[n]`: each tower with its rate, p with satisfaction."""
-    found = {name: spearman(scores[name], expected[name]) for name in scores if name in expected}
-    found["p, satisfaction"] = spearman(scores["p"], expected["satisfaction"])
+def session_expectations(
+    dataset: Dataset, world: World, user, item_ns, row_ns, *, moods: int = 0
+) -> dict[str, np.ndarray]:
+    """What the world expects of users shown lists of items, float64 `[n]` each: `swt`, seconds
+    watched in all; `wtr`, `ltr`, that there is a follow or a like; `satisfaction`, a mean.
+
+    Args:
+      user: int `[n]`; item_ns: int `[n, S]`.
+      row_ns: int `[n, S]`, exposures whose session, slot and time are meant.
+      moods: as `world_expectations`.
+    """
+    shape = np.shape(item_ns)
+    who = np.repeat(user, shape[1])
+    found = world_expectations(
+        dataset, world, who, np.ravel(item_ns), np.ravel(row_ns), moods=moods
+    )
+    found = {name: np.float64(x).reshape(shape) for name, x in found.items()}
+    return {
+        "swt": found["watch_s"].sum(1),
+        "wtr": 1 - (1 - found["wtr"]).prod(1),
+        "ltr": 1 - (1 - found["ltr"]).prod(1),
+        "satisfaction": found["satisfaction"].mean(1),
+    }
+
+
+def oracle_metrics(user, labels: dict, expected: dict, blind: dict) -> dict:
+    """AUC of the world's own probabilities: what nobody can beat who only sees the log.
+
+    Args:
+      labels: objective -> int `[n]`, -1 unknown.
+      expected, blind: from `world_expectations`, in the session's mood and in any.
+    """
+    found = {}
+    for name in labels:
+        if name in expected:
+            known = labels[name] >= 0
+            label, truth = labels[name][known], expected[name][known]
+            found[name] = {"auc": auc(label, truth), "gauc": gauc(user[known], label, truth)[0]}
+            found[name]["auc_without_mood"] = auc(label, blind[name][known])
     return found
 
 
-def within_users(expected: dict, scores: dict) -> dict[str, float]:
+def against_world(expected: dict, scores: dict, fused: str = "p") -> dict[str, float]:
+    """Spearman correlations over all pairs `[n]`: each tower with its rate, p (or what else fuses
+    all) with satisfaction."""
+    found = {name: spearman(scores[name], expected[name]) for name in scores if name in expected}
+    found[f"{fused}, satisfaction"] = spearman(scores[fused], expected["satisfaction"])
+    return found
+
+
+def within_users(expected: dict, scores: dict, fused: str = "p") -> dict[str, float]:
     """Mean of `against_world` over the rows of `[B, G]`: how well each user's items are ranked."""
     rows = [
-        against_world({k: v[b] for k, v in expected.items()}, {k: v[b] for k, v in scores.items()})
-        for b in range(len(scores["p"]))
+        against_world(
+            {k: v[b] for k, v in expected.items()}, {k: v[b] for k, v in scores.items()}, fused
+        )
+        for b in range(len(scores[fused]))
     ]
     return {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0]}
 

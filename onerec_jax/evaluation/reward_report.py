@@ -1,4 +1,4 @@
-"""The report of a preference score as tables, Markdown and plots."""
+"""The report of a preference score, or of a session reward, as tables, Markdown and plots."""
 
 import pathlib
 
@@ -20,12 +20,18 @@ def without_nan(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def objective_rows(report: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the main table, one row an objective."""
+def objective_rows(report: dict, fused: str = "p") -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table, one row an objective; `fused` says all in one number."""
     oracle = "world" in report
     header = ["objective", "rate", "AUC of item rate", "AUC"]
     header += ["AUC of the world", "without mood"] if oracle else []
-    header += ["GAUC", *(["GAUC of the world"] if oracle else []), "AUC of p", "GAUC of p", "ECE"]
+    header += [
+        "GAUC",
+        *(["GAUC of the world"] if oracle else []),
+        f"AUC of {fused}",
+        f"GAUC of {fused}",
+        "ECE",
+    ]
     rows = []
     for name, result in report["test"].items():
         world = report.get("world", {}).get("oracle", {}).get(name, {})
@@ -58,6 +64,37 @@ def world_rows(report: dict) -> tuple[list[str], list[list[str]]]:
     return header, [[name, *(_number(part[name]) for part in parts.values())] for name in names]
 
 
+def world_part(report: dict) -> list[str]:
+    """Lines of Markdown on what the world expects; none without a world."""
+    if "world" not in report:
+        return []
+    return [
+        "## Against the world",
+        "",
+        markdown_table(*world_rows(report)),
+        "The AUC of the world is that of its own probabilities, which know each session's "
+        "mood: nobody who has only seen the log can reach it. Without mood: of their mean over "
+        "the moods that the user may be in then, with everything else known.",
+        "",
+    ]
+
+
+def training_part(report: dict) -> list[str]:
+    """Lines of Markdown on how long what took."""
+    return [
+        "## Training",
+        "",
+        f"![training]({report['plots'][1]}.png)",
+        "",
+        "| stage | s |",
+        "| --- | ---: |",
+        *(f"| {stage} | {seconds:.1f} |" for stage, seconds in report["seconds"].items()),
+        "",
+        ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        "",
+    ]
+
+
 def markdown(report: dict) -> str:
     """The report in words, tables and plots."""
     data, model, parts = report["dataset"], report["model"], report["exposures"]
@@ -83,16 +120,7 @@ def markdown(report: dict) -> str:
         f"![calibration]({report['plots'][0]}.png)",
         "",
     ]
-    if "world" in report:
-        lines += [
-            "## Against the world",
-            "",
-            markdown_table(*world_rows(report)),
-            "The AUC of the world is that of its own probabilities, which know each session's "
-            "mood: nobody who has only seen the log can reach it. Without mood: of their mean over "
-            "the moods that the user may be in then, with everything else known.",
-            "",
-        ]
+    lines += world_part(report)
     weights = ", ".join(f"{k} {v:.3g}" for k, v in report["weights"].items())
     lines += [
         "## Label weights",
@@ -101,18 +129,59 @@ def markdown(report: dict) -> str:
         "AUC of p on validation exposures. Kept: the highest mean among the weights under which no "
         f"objective falls below the first row. Now: {weights}.",
         "",
-        "## Training",
-        "",
-        f"![training]({report['plots'][1]}.png)",
-        "",
-        "| stage | s |",
-        "| --- | ---: |",
-        *(f"| {stage} | {seconds:.1f} |" for stage, seconds in report["seconds"].items()),
-        "",
-        ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-        "",
+        *training_part(report),
     ]
     return "\n".join(lines)
+
+
+def session_markdown(report: dict) -> str:
+    """The report of a session reward in words, tables and plots."""
+    data, model, parts = report["dataset"], report["model"], report["sessions"]
+    scale = report["scale"]
+    rows = [
+        [name, *(_number(scale[k][name]) for k in ("mean", "deviation"))]
+        for name in report["objectives"]
+    ]
+    swt = "" if report["watch_s"] is None else f"at least {report['watch_s']:.1f} s watched in all"
+    rules = {
+        "swt": swt,
+        "vtr": f"effective views of {report['labels']['effective_view_s']:g} s, at least "
+        f"{report['labels']['view_share']:.0%} of the items",
+        "wtr": "a follow",
+        "ltr": "a like",
+    }
+    return "\n".join(
+        [
+            f"# Session reward on {data['name']}",
+            "",
+            f"`{report['command']}`",
+            "",
+            f"{data['users']:,} users, {data['items']:,} items; lists of {report['items']} items "
+            f"shown in one session, in time order: {parts['train']:,} to train on "
+            f"({report['share']}), {parts['valid']:,} to choose by, {parts['test']:,} to test. "
+            f"{model['parameters']:,} parameters, best step {model['best_step']}, "
+            f"{model['compute_dtype']}.",
+            "",
+            *(line for note in report["notes"] for line in (note, "")),
+            "## Test",
+            "",
+            markdown_table(*objective_rows(report, "the reward")),
+            "; ".join(f"{name}: {rules[name]}" for name in report["objectives"])
+            + ". The reward: sum of the heads, each less its mean and over its deviation, below. "
+            "GAUC: AUC within a user, mean over users with both kinds of label, weighted by their "
+            "lists. AUC of item rate: by the mean of the items' shares of positive lists in "
+            "training, whoever the user is. ECE: mean distance of prediction and rate over bins of "
+            "equal size.",
+            "",
+            f"![calibration]({report['plots'][0]}.png)",
+            "",
+            *world_part(report),
+            "## Scale of the heads, validation",
+            "",
+            markdown_table(["head", "mean", "deviation"], rows),
+            *training_part(report),
+        ]
+    )
 
 
 def draw_plots(folder: pathlib.Path, report: dict, rows: list[dict]) -> list[str]:

@@ -160,11 +160,16 @@ def policy_step(
     metrics |= found | {"grad_norm_policy": optax.tree.norm(grads)}
     grads = jax.tree.map(lambda a, b: weights.ntp * a + b, ntp, grads)
     state, of_ntp = update(state, grads, level, stats, model, tx)
-    if cfg.refresh_every:
-        now = state.step % cfg.refresh_every == 0
-        sampler = jax.lax.cond(now, lambda: state.variables, lambda: state.sampler)
-        state = state.replace(sampler=sampler)
-    return state, of_ntp | metrics
+    return refresh_sampler(state, cfg.refresh_every), of_ntp | metrics
+
+
+def refresh_sampler(state: TrainState, every: int) -> TrainState:
+    """After `every` steps the sampler becomes the present policy; 0: never."""
+    if not every:
+        return state
+    now = state.step % every == 0
+    sampler = jax.lax.cond(now, lambda: state.variables, lambda: state.sampler)
+    return state.replace(sampler=sampler)
 
 
 def _in_parts(gradient, params, batch, cfg: ObjectiveConfig):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
@@ -20,6 +19,7 @@ import polars as pl
 
 from onerec_jax.data.examples import Examples
 from onerec_jax.data.pipeline import TrainStream
+from onerec_jax.files import write_parquet
 from onerec_jax.generation.rollout import (
     RolloutConfig,
     find_items,
@@ -47,13 +47,15 @@ class PolicyStream:
     stream: TrainStream
     users: int
     """R."""
+    kind: type = PolicyBatch
+    """What is yielded; it has `sft`, `rl`, `user` and `position`."""
 
-    def __call__(self, step: int = 0) -> Iterator[PolicyBatch]:
+    def __call__(self, step: int = 0) -> Iterator:
         examples, numbers = self.stream.examples, self.stream.assembler().batches
         with contextlib.closing(self.stream(step)) as batches:
             for number in itertools.count(step):
                 sft, index = next(batches), numbers(number)[0][: self.users]
-                yield PolicyBatch(
+                yield self.kind(
                     sft,
                     jax.tree.map(lambda x: x[: self.users], sft),
                     examples.user[index],
@@ -143,11 +145,7 @@ class RolloutFiles:
             pl.when(known).then(pl.col("item_id")),
             pl.when(pl.col("counts")).then(pl.col("reward")),
         )
-        self.folder.mkdir(exist_ok=True)
-        path = self.folder / f"step-{step:07}.parquet"
-        tmp = path.with_name(f".{path.name}.tmp")
-        frame.write_parquet(tmp)
-        os.replace(tmp, path)
+        write_parquet(self.folder / f"step-{step:07}.parquet", frame)
 
 
 class PolicyTrainer:

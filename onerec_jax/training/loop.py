@@ -321,6 +321,8 @@ def _progress_line(step, cfg, row, clock) -> str:
         line += f"  MFU {row['mfu']:.1%}"
     if "reward" in row:
         line += f"  reward {row['reward']:.4f}  legal {row['legality'][-1]:.0%}"
+    if "margin" in row:
+        line += f"  margin {row['margin']:+.3f}  pairs {row['pairs']:.1f}"
     if "load" in row:
         line += f"  max load +{row['max_violation']:.0%}  dropped {row['dropped']:.1%}"
     left = (cfg.steps - step) * cfg.batch_size / clock.rate if clock.seconds else float("nan")

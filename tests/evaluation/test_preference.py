@@ -85,7 +85,7 @@ def test_the_world_is_asked_in_the_situation_of_the_row():
     answer = Response(*np.arange(20.0).reshape(10, 2))
     np.testing.assert_array_equal(found["lvtr"], answer.long_view)
     np.testing.assert_array_equal(found["satisfaction"], satisfaction(answer))
-    assert set(found) == {"ctr", "lvtr", "ltr", "wtr", "cmtr", "satisfaction"}
+    assert set(found) == {"ctr", "lvtr", "ltr", "wtr", "cmtr", "satisfaction", "watch_s"}
     asked.clear()
     blind = preference.world_expectations(
         data, Stub(), np.array([0, 3]), np.array([5, 1]), np.array([7, 2]), moods=3
@@ -94,3 +94,50 @@ def test_the_world_is_asked_in_the_situation_of_the_row():
     assert len(np.unique(sessions)) == 6  # of other sessions, all different
     assert sessions.min() > n
     np.testing.assert_array_equal(blind["lvtr"], answer.long_view)
+
+
+def test_what_is_expected_of_whole_lists(monkeypatch):
+    """Two lists of two items: seconds add up, and at least one like is asked for."""
+    rates = {
+        "watch_s": [10, 20, 5, 5],
+        "ltr": [0.5, 0.5, 0.1, 0.0],
+        "wtr": [0.0, 0.2, 0.0, 0.0],
+        "satisfaction": [1.0, 0.0, 0.5, 0.7],
+    }
+    asked = []
+
+    def answer(dataset, world, user, item, row, moods):
+        asked.append((user.tolist(), item.tolist(), row.tolist(), moods))
+        return {name: np.array(x, np.float32) for name, x in rates.items()}
+
+    monkeypatch.setattr(preference, "world_expectations", answer)
+    items, rows = np.array([[1, 2], [3, 4]]), np.array([[7, 8], [5, 6]])
+    found = preference.session_expectations(None, None, np.array([9, 0]), items, rows, moods=2)
+    assert asked == [([9, 9, 0, 0], [1, 2, 3, 4], [7, 8, 5, 6], 2)]
+    np.testing.assert_allclose(found["swt"], [30, 10])
+    np.testing.assert_allclose(found["ltr"], [0.75, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(found["wtr"], [0.2, 0], atol=1e-7)
+    np.testing.assert_allclose(found["satisfaction"], [0.5, 0.6], rtol=1e-6)
+
+
+def test_validation_metrics_by_hand():
+    """An objective of one kind of label has a loss and no AUC; an unknown label counts nowhere."""
+    label = np.array([[1, 0], [0, 0], [-1, 0]])
+    logit = np.array([[0.0, 0.0], [0.0, 0.0], [99.0, 0.0]])
+    found = preference.validation_metrics(("a", "b"), label, logit, {"auc_p": np.arange(3)[::-1]})
+    assert found["loss"] == pytest.approx(2 * np.log(2))
+    assert found["score"] == -found["loss"]
+    assert (found["auc_a"], found["auc_p_a"]) == (0.5, 1)
+    assert "auc_b" not in found
+
+
+def test_what_items_say_of_lists_without_the_user():
+    """Item 0 was in a good list, item 1 in a bad one; a mean over the items tells lists apart."""
+    labels = {"ltr": np.array([1, 0, -1])}
+    scores = {"ltr": np.array([0.9, 0.2, 0.5]), "reward": np.array([0.0, 1.0, 2.0])}
+    history = np.array([[0, 2], [1, 2]]), np.array([[1], [0]])
+    found = preference.held_out_metrics(
+        np.zeros(3, int), [[0, 2], [1, 2], [1, 1]], labels, scores, history, 3, "reward"
+    )["ltr"]
+    assert (found["auc"], found["p_auc"], found["item_rate_auc"]) == (1, 0, 1)
+    assert found["exposures"] == 2

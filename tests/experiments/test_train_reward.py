@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from conftest import make_data, quick_compilation, tree
 
-from experiments import train_reward
+from experiments import reward_source, train_reward
 from onerec_jax.data.exposures import ExposureStream
 from onerec_jax.data.features import positive_actions
 from onerec_jax.data.schema import build_dataset, save_dataset
@@ -225,10 +225,10 @@ def test_words_are_enough_for_items_never_shown(rewarded):
 def test_ratings_are_no_exposures():
     """A reader of the report is told so; of a log with clicks there is nothing to tell."""
     data = helpers.full_dataset()
-    assert train_reward.notes(types.SimpleNamespace(dataset=data)) == []
+    assert reward_source.notes(types.SimpleNamespace(dataset=data)) == []
     rated = data.interactions.drop("click", "playtime_s")
     rated = types.SimpleNamespace(dataset=dataclasses.replace(data, interactions=rated))
-    (note,) = train_reward.notes(rated)
+    (note,) = reward_source.notes(rated)
     assert "no exposures" in note
 
 
@@ -255,7 +255,7 @@ def test_everything_else_comes_from_the_run(rewarded, tmp_path):
         spec=dataclasses.replace(source.spec, clustered=True, num_authors=0),
     )
     config = parse("--run", policy.folder, "--out", tmp_path / "reward", *MODEL, *TRAIN)
-    ours = train_reward.open_run(config, train_reward.find_source(config))
+    ours = train_reward.open_run(config, reward_source.find_source(config))
     assert ours.spec == dataclasses.replace(policy.spec, clustered=False)
     for part in ("data", "semantic_ids"):
         assert ours.config[part] == policy.config[part]
@@ -271,8 +271,8 @@ def test_the_judge_is_another_model():
     ours, judge = parse(*flags), parse(*flags, "--judge")
     assert judge.seed != ours.seed
     assert judge.model.d_model != ours.model.d_model
-    assert train_reward.share(judge) == "judge"
-    assert train_reward.share(ours) == "reward"
+    assert judge.share == "judge"
+    assert ours.share == "reward"
     assert parse(*flags, "--judge", "--model.top-k", 9, "--seed", 7).model.top_k == 9
 
 

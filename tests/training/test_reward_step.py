@@ -1,4 +1,4 @@
-"""The step of the preference score: what it reports, and the same numbers on a mesh."""
+"""The steps of both rewards: what they report, and the same numbers on a mesh."""
 
 import dataclasses
 
@@ -13,10 +13,11 @@ from onerec_jax.data.exposures import RewardBatchBuilder, make_blocks
 from onerec_jax.data.features import action_log, build_feature_spec, item_features
 from onerec_jax.data.splits import make_split
 from onerec_jax.inputs import PositiveRule
-from onerec_jax.losses.reward import reward_loss
+from onerec_jax.losses.reward import cross_entropies, reward_loss
 from onerec_jax.models.reward import PScore, RewardConfig
+from onerec_jax.models.session_reward import SessionReward, SessionRewardConfig
 from onerec_jax.sharding import make_mesh, put_batch
-from onerec_jax.training.reward_step import reward_step
+from onerec_jax.training.reward_step import reward_step, session_reward_step
 from onerec_jax.training.step import Trainer
 
 CFG = RewardConfig(d_model=8, num_heads=2, history_length=6, shared_dims=(8,), tower_dims=(4,))
@@ -71,3 +72,29 @@ def test_metrics_and_the_same_step_on_a_mesh(made):
     jax.tree.map(np.testing.assert_array_equal, start, before)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), end, after)
     np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-5)
+
+
+def test_a_step_on_sessions(made):
+    """Lists of four of the sixteen items of each block, each with labels of its own."""
+    of_items, batch = made
+    rng = np.random.default_rng(0)
+    batch = batch.replace(session_label=rng.integers(-1, 2, (8, 4, 2)).astype(np.int8))
+    same = {name: getattr(CFG, name) for name in ("d_model", "num_heads", "history_length")}
+    cfg = SessionRewardConfig(**same, shared_dims=(8,), tower_dims=(4,), dropout=0, item_dropout=0)
+    model = SessionReward(
+        cfg, of_items.spec, ("swt", "ltr"), of_items.content, 4, ("ctr", "ltr"), train=True
+    )
+    mesh = make_mesh(1)
+    step = {"step": session_reward_step, "item_weight": 0.5}
+    trainer = Trainer(model, optax.sgd(0.5), mesh, batch, seed=0, **step)
+    state = trainer.init(0)
+    before = jax.device_get(state.params)
+    after, metrics = trainer.step(state, put_batch(batch, mesh))
+    sessions, items = model.apply({"params": before}, batch)
+    heads = cross_entropies(sessions, batch.session_label)
+    single = cross_entropies(items, batch.label)
+    np.testing.assert_allclose(metrics["loss_objective"], heads, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_item"], single, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], heads.sum() + 0.5 * single.sum(), rtol=1e-5)
+    slope = jax.tree.map(lambda x, y: (x - y) / 0.5, before, jax.device_get(after.params))
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(slope), rtol=1e-3)
