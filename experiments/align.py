@@ -14,11 +14,7 @@ a run folder as of pretraining.
 
 import dataclasses
 import json
-import os
 import pathlib
-import shlex
-import sys
-import time
 from typing import Annotated, Literal
 
 import jax
@@ -26,25 +22,32 @@ import numpy as np
 import tyro
 
 from experiments import evaluate
-from experiments.posttrain import finished, origin, rollout_users, show
-from experiments.pretrain import RUNS, validation_examples
+from experiments.from_run import (
+    create,
+    finished,
+    mesh_of,
+    origin,
+    rollout_users,
+    show,
+    train_and_compare,
+)
+from experiments.pretrain import validation_examples
 from onerec_jax import cli
 from onerec_jax.data.examples import check_batch_size, target_examples
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.lists import before_and_after, mean_of_lists
 from onerec_jax.evaluation.session_lists import expected_of_sessions, mean_and_max
-from onerec_jax.files import read_json, write_text
 from onerec_jax.generation.session_generator import GeneratedLists, session_lists
 from onerec_jax.losses.preference import PreferenceConfig
 from onerec_jax.posttraining.pairs import AlignmentTrainer, BeamConfig, PairFiles, PairMaker
 from onerec_jax.posttraining.preference_step import AlignmentConfig, PairBatch, alignment_step
 from onerec_jax.posttraining.step import init_policy_state
 from onerec_jax.posttraining.trainer import PolicyStream
-from onerec_jax.run import Run, settings_hash
+from onerec_jax.run import Run
 from onerec_jax.session_reward_run import SessionRewardRun, open_session_reward
-from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh, replicated
-from onerec_jax.training.loop import Interrupted, LoopConfig, fit
+from onerec_jax.sharding import MeshConfig, replicated
+from onerec_jax.training.loop import LoopConfig, fit
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
@@ -190,27 +193,9 @@ def open_reward(config: AlignConfig, flag: str, parent: Run) -> SessionRewardRun
     return reward
 
 
-def open_run(config: AlignConfig, parent: Run, reward: SessionRewardRun) -> AlignRun:
+def open_run(config: AlignConfig, parent: Run, reward: SessionRewardRun) -> Run:
     """Creates or continues the run folder."""
-    values = settings(config, parent, reward)
-    key = values | {"data": parent.dataset.fingerprint, "semantic_ids": parent.ids.fingerprint}
-    folders = {
-        part: pathlib.Path(parent.config[part]["folder"])
-        for part in ("data", "semantic_ids", "lifelong")
-        if parent.config.get(part)
-    }
-    return AlignRun.create(
-        config.out or RUNS / f"{parent.dataset.name}-align-{settings_hash(key)}",
-        settings=values,
-        command=shlex.join(["python", "-m", "experiments.align", *sys.argv[1:]]),
-        data_folder=folders["data"],
-        ids_folder=folders["semantic_ids"],
-        dataset=parent.dataset,
-        ids=parent.ids,
-        spec=parent.spec,
-        lifelong_folder=folders.get("lifelong"),
-        snapshots=parent.snapshots,
-    )
+    return create(AlignRun, config.out, settings(config, parent, reward), parent)
 
 
 class ListTester:
@@ -364,39 +349,20 @@ def compare(config: AlignConfig, parent: Run, run: Run, tester: ListTester) -> d
 
 def main(config: AlignConfig) -> None:
     """Alignment, comparison, test."""
-    if config.deterministic:
-        # Read once, when the backend starts: nothing above may have touched a device.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     parent = open_parent(config)
     reward = open_reward(config, "reward", parent)
     judge = None if config.judge is None else open_reward(config, "judge", parent)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    check_mesh(
-        mesh,
-        parent.model_config,
-        batch_size=config.train.batch_size,
-        accumulate=config.train.accumulate,
-    )
+    mesh = mesh_of(config, parent)
     examples = parent.session_lists("train")
     check_batch_size(config.train.batch_size, examples)
     run = open_run(config, parent, reward)
     tester = ListTester(config, run, reward, judge, mesh)
-    path = run.folder / "comparison.json"
-    if path.exists():
-        print(f"{run.folder} is finished: showing its comparison")
-        result = read_json(path)
-    else:
-        try:
-            _, progress = train(config, parent, run, examples, tester, mesh)
-        except Interrupted as interrupted:
-            print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
-            raise SystemExit(130) from None
-        start = time.perf_counter()
-        result = compare(config, parent, run, tester)
-        seconds = {"train": progress.seconds, "compare": time.perf_counter() - start}
-        evaluate.evaluate_run(run, config.evaluation, seconds)
-        write_text(path, json.dumps(result, indent=1))
+    result = train_and_compare(
+        run,
+        config.evaluation,
+        lambda: train(config, parent, run, examples, tester, mesh),
+        lambda: compare(config, parent, run, tester),
+    )
     show(result, f"{result['users']} test users, {result['lists']} lists of unseen items each")
     print(f"\neverything lies in {run.folder}: comparison.json, report.md, pairs, checkpoints")
     print(f"more: python -m experiments.evaluate {run.folder}")

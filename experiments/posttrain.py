@@ -11,21 +11,23 @@ as of pretraining.
 
 import dataclasses
 import json
-import math
-import os
 import pathlib
-import shlex
-import sys
-import time
 from typing import Annotated, Literal
 
 import numpy as np
-import rich.console
-import rich.table
 import tyro
 
 from experiments import evaluate
-from experiments.pretrain import RUNS, validation_examples
+from experiments.from_run import (
+    create,
+    finished,
+    mesh_of,
+    origin,
+    rollout_users,
+    show,
+    train_and_compare,
+)
+from experiments.pretrain import validation_examples
 from onerec_jax import cli
 from onerec_jax.data.examples import Examples, check_batch_size, target_examples, train_examples
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
@@ -33,7 +35,6 @@ from onerec_jax.data.sessions import well_played
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.lists import before_and_after, expected_of_lists, mean_of_lists
 from onerec_jax.evaluation.ranking import ranking_metrics
-from onerec_jax.files import read_json, write_text
 from onerec_jax.generation.rollout import RolloutConfig
 from onerec_jax.losses.ecpo import PolicyConfig
 from onerec_jax.posttraining.step import (
@@ -48,8 +49,8 @@ from onerec_jax.reward_run import RewardRun, open_reward
 from onerec_jax.rewards.industrial import IndustrialConfig, flagged_items
 from onerec_jax.rewards.objective import parse_objective, weighted_score
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import USER_AXES, MeshConfig, check_mesh, make_mesh
-from onerec_jax.training.loop import Interrupted, LoopConfig, fit
+from onerec_jax.sharding import MeshConfig, make_mesh
+from onerec_jax.training.loop import LoopConfig, fit
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
@@ -184,31 +185,7 @@ def settings(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -
     return json.loads(json.dumps(values))
 
 
-def origin(run: Run) -> dict:
-    """A run that another comes from."""
-    parts = {name: run.config[name] for name in ("settings", "data", "semantic_ids", "lifelong")}
-    named = {k: v["fingerprint"] if v and k != "settings" else v for k, v in parts.items()}
-    return {
-        "folder": str(run.folder.resolve()),
-        "settings": settings_hash(named),
-        "step": run.best_step,
-    }
-
-
 # --------------------------------------------------------------------------------------- stages
-
-
-def finished(run: Run) -> Run:
-    """The run, if it has come to its end.
-
-    Raises:
-      InputError: it has not.
-    """
-    if not run.finished:
-        raise InputError(
-            f"{run.folder} is not trained to its end: run `{run.config['command']}` on"
-        )
-    return run
 
 
 def open_rewards(config: PosttrainConfig, parent: Run) -> tuple[RewardRun, RewardRun | None]:
@@ -252,44 +229,9 @@ def rsft_examples(config: PosttrainConfig, run: Run) -> Examples:
     return train_examples(run.split, eligible)
 
 
-def open_run(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -> PosttrainRun:
+def open_run(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -> Run:
     """Creates or continues the run folder."""
-    values = settings(config, parent, reward, flagged)
-    key = values | {"data": parent.dataset.fingerprint, "semantic_ids": parent.ids.fingerprint}
-    folders = {
-        part: pathlib.Path(parent.config[part]["folder"])
-        for part in ("data", "semantic_ids", "lifelong")
-        if parent.config.get(part)
-    }
-    return PosttrainRun.create(
-        config.out or RUNS / f"{parent.dataset.name}-posttrain-{settings_hash(key)}",
-        settings=values,
-        command=shlex.join(["python", "-m", "experiments.posttrain", *sys.argv[1:]]),
-        data_folder=folders["data"],
-        ids_folder=folders["semantic_ids"],
-        dataset=parent.dataset,
-        ids=parent.ids,
-        spec=parent.spec,
-        lifelong_folder=folders.get("lifelong"),
-        snapshots=parent.snapshots,
-    )
-
-
-def rollout_users(share: float, batch_size: int, mesh, parts: int = 1) -> int:
-    """Users of a step that get rollouts: the share asked for, rounded up to fill the devices.
-
-    Raises:
-      InputError: the step has too few users for the parts.
-    """
-    unit = math.prod(mesh.shape[axis] for axis in USER_AXES) * parts
-    users = max(round(share * batch_size), 1)
-    users = -(-users // unit) * unit
-    if users > batch_size:
-        raise InputError(
-            f"--rollout.parts {parts}: {users} users would get rollouts, and a step "
-            f"has {batch_size}: lower it or raise --train.batch-size"
-        )
-    return users
+    return create(PosttrainRun, config.out, settings(config, parent, reward, flagged), parent)
 
 
 def make_validation(config: PosttrainConfig, run: Run, scorer, weights, mesh):
@@ -416,27 +358,11 @@ def compare(config: PosttrainConfig, parent: Run, run: Run, reward, judge) -> di
     return {"users": len(test), "list_length": config.list_length, "metrics": rows}
 
 
-def show(result: dict, title: str) -> None:
-    """Print before and after."""
-    table = rich.table.Table(title=title)
-    for i, name in enumerate(("mean over users", "before", "after", "difference", "95% interval")):
-        table.add_column(name, justify="right" if i else "left")
-    for name, row in result["metrics"].items():
-        low, high = row["ci95"]
-        cells = (f"{row[k]:.4f}" for k in ("before", "after"))
-        table.add_row(name, *cells, f"{row['difference']:+.4f}", f"\\[{low:+.4f}, {high:+.4f}]")
-    rich.console.Console(soft_wrap=True, highlight=False).print(table)
-
-
 # ----------------------------------------------------------------------------------------- main
 
 
 def main(config: PosttrainConfig) -> None:
     """Post-training, comparison, test."""
-    if config.deterministic:
-        # Read once, when the backend starts: nothing above may have touched a device.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     parent = finished(Run.open(config.run))
     if parent.session_rule is not None:
         raise InputError(
@@ -445,33 +371,18 @@ def main(config: PosttrainConfig) -> None:
         )
     reward, judge = open_rewards(config, parent)
     flagged = read_flagged(config.flagged, parent)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    check_mesh(
-        mesh,
-        parent.model_config,
-        batch_size=config.train.batch_size,
-        accumulate=config.train.accumulate,
-    )
+    mesh = mesh_of(config, parent)
     examples = rsft_examples(config, parent)
     check_batch_size(config.train.batch_size, examples)
     # Refuses parts that do not fit before there is a folder.
     rollout_users(config.rl_share, config.train.batch_size, mesh, config.rollout.parts)
     run = open_run(config, parent, reward, flagged)
-    path = run.folder / "comparison.json"
-    if path.exists():
-        print(f"{run.folder} is finished: showing its comparison")
-        result = read_json(path)
-    else:
-        try:
-            _, progress = train(config, parent, run, reward, examples, flagged, mesh)
-        except Interrupted as interrupted:
-            print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
-            raise SystemExit(130) from None
-        start = time.perf_counter()
-        result = compare(config, parent, run, reward, judge)
-        seconds = {"train": progress.seconds, "compare": time.perf_counter() - start}
-        evaluate.evaluate_run(run, config.evaluation, seconds)
-        write_text(path, json.dumps(result, indent=1))
+    result = train_and_compare(
+        run,
+        config.evaluation,
+        lambda: train(config, parent, run, reward, examples, flagged, mesh),
+        lambda: compare(config, parent, run, reward, judge),
+    )
     show(result, f"{result['users']} test users, lists of unseen items")
     print(f"\neverything lies in {run.folder}: comparison.json, report.md, rollouts, checkpoints")
     print(f"more: python -m experiments.evaluate {run.folder}")

@@ -10,7 +10,6 @@ the same command is given again; a finished one is shown.
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shlex
 import sys
@@ -429,9 +428,7 @@ def main(config: PretrainConfig) -> None:
             targets=config.model.session_items * config.pipeline.targets_per_user,
         )
     if config.deterministic:
-        # Read once, when the backend starts: nothing above may have touched a device.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+        cli.use_deterministic_kernels()
 
     if config.profile is not None and config.profile.exists():
         raise InputError(f"--profile {config.profile} exists: give a new folder")

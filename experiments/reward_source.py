@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import pathlib
 import shlex
 import sys
@@ -14,6 +13,7 @@ import rich.table
 
 from experiments.evaluate import PACKAGES
 from experiments.pretrain import RUNS
+from onerec_jax import cli
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.exposures import has_exposures
 from onerec_jax.data.features import build_feature_spec, positive_actions
@@ -230,9 +230,7 @@ def run_stages(
       show: prints a report.
     """
     if config.deterministic:
-        # Read once, when the backend starts: nothing above may have touched a device.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+        cli.use_deterministic_kernels()
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     sizes = ModelConfig(d_model=config.model.d_model, num_heads=config.model.num_heads)
     check_mesh(mesh, sizes, batch_size=config.train.batch_size)

@@ -1,6 +1,7 @@
 """What all command lines share: flags from a dataclass, errors in one line, exit codes."""
 
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,15 @@ def flag_value(argv: Sequence[str], flag: str) -> str | None:
         if word == flag and i + 1 < len(argv):
             return argv[i + 1]
     return None
+
+
+def use_deterministic_kernels() -> None:
+    """On a GPU: the same bits every time, by slower kernels.
+
+    XLA reads its flags once, when the backend starts: nothing may have touched a device before.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 def run(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from experiments import posttrain, pretrain, train_reward
+from experiments.from_run import finished
 from experiments.posttrain import PosttrainConfig
 from experiments.studies.arms import run_tasks, trained, world_data
 from experiments.studies.post_config import Changes, StudyConfig, changed
@@ -156,7 +157,7 @@ def post_trained(config: PosttrainConfig) -> Run:
     Raises:
       Collapsed, NonFiniteLoss: it came to no end.
     """
-    parent = posttrain.finished(Run.open(config.run))
+    parent = finished(Run.open(config.run))
     reward, _ = posttrain.open_rewards(config, parent)
     flagged = posttrain.read_flagged(config.flagged, parent)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
