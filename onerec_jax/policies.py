@@ -1,4 +1,4 @@
-"""What an A/B test plays: a run's beams or lists, a reward's choice among them, a cascade, an oracle.
+"""What an A/B test plays: a run's beams or lists, a reward's choice, a cascade, an oracle.
 
 Each is a `Policy` of a world's loop: (users, log, request) -> item rows. Those that could be served
 count their FLOPs (docs/posttrain.md).
