@@ -5,7 +5,8 @@ import os
 import pathlib
 from typing import Any
 
-from experiments import align, pretrain
+from experiments import pretrain
+from experiments.align import AlignConfig, GuardConfig
 from experiments.studies.post_config import HERE
 from experiments.studies.session_judge import JudgeConfig
 from experiments.train_session_reward import EvaluationConfig, TrainSessionRewardConfig
@@ -19,7 +20,7 @@ from onerec_jax.tokenizer.build import TokenizerConfig
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig
 
-UNGUARDED = align.GuardConfig(chosen_loss=1e9, legality=0)
+UNGUARDED = GuardConfig(chosen_loss=1e9, legality=0)
 """A collapse is a result here."""
 
 
@@ -55,7 +56,7 @@ class StudyConfig:
         train=LoopConfig(batch_size=64, steps=6000, validate_every=1000, patience=3)
     )
     """The session reward; the judge differs as --judge of experiments.train_session_reward says."""
-    align: align.AlignConfig = align.AlignConfig(
+    align: AlignConfig = AlignConfig(
         run=HERE,
         reward=HERE,
         train=LoopConfig(batch_size=200, steps=2000, log_every=20, validate_every=2000, patience=0),
@@ -131,7 +132,7 @@ SMALL: dict[str, Any] = {
         train=LoopConfig(batch_size=32, steps=400, log_every=100, validate_every=100, patience=0),
         evaluation=EvaluationConfig(requests=50, candidates=8),
     ),
-    "align": align.AlignConfig(
+    "align": AlignConfig(
         run=HERE,
         reward=HERE,
         beams=BeamConfig(width=32),

@@ -36,9 +36,9 @@ from experiments.studies.session_judge import (
     JudgeConfig,
     judged,
     played,
+    requests_of,
     run_lists,
     sasrec_lists,
-    requests_of,
 )
 from onerec_jax import cli
 from onerec_jax.data.examples import check_batch_size
