@@ -102,8 +102,8 @@ def sasrec_lists(
     Its candidates are the unseen items of the highest scores, as many as the run has beams; its
     probabilities the softmax of the scores, as in its training.
     """
-    data, split = run.dataset, run.split
-    positive = positive_actions(data, run.spec.positive)
+    data, positive = run.dataset, positive_actions(run.dataset, run.spec.positive)
+    split = make_split(data, positive)
     before = np.append(0, np.cumsum(positive))
 
     def count(position):
