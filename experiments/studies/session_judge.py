@@ -26,12 +26,12 @@ from onerec_jax.evaluation.closed_loop import play
 from onerec_jax.evaluation.ranking import tie_order
 from onerec_jax.evaluation.sasrec import default_config, fit_sasrec
 from onerec_jax.evaluation.session_lists import expected_in_order, mean_and_max
+from onerec_jax.generation.generator import Generator
 from onerec_jax.generation.selection import diversity
 from onerec_jax.generation.session_generator import drawn_lists, item_candidates, session_lists
 from onerec_jax.policies import RunPolicy, SessionPolicy
 from onerec_jax.run import Run
 from onerec_jax.session_reward_run import SessionRewardRun
-from onerec_jax.sharding import make_mesh
 
 HOW = ("first", "mean", "max")
 """Of a user's lists."""
@@ -70,19 +70,24 @@ def requests_of(dataset: Dataset) -> Examples:
 
 
 def run_lists(
-    run: Run, test: Examples, items: int, cfg: JudgeConfig, *, seed: int, diverse: bool = False
+    run: Run,
+    generator: Generator,
+    test: Examples,
+    items: int,
+    cfg: JudgeConfig,
+    *,
+    seed: int,
+    diverse: bool = False,
 ) -> np.ndarray:
     """Lists of a run, int32 `[U, W, m]`, -1 = none.
 
     Args:
+      generator: of the run, of `cfg.beam_width`.
       items: m, that of the run if it generates lists.
       seed: of the draws of point-wise lists.
       diverse: of point-wise lists: no more than `cfg.at_most` items of one first code.
     """
     seen, variables = seen_items(run, test), run.load_best()
-    generator = run.generator(
-        make_mesh(data=1), beam_width=cfg.beam_width, batch_size=cfg.batch_size
-    )
     if run.session_rule is not None:
         return session_lists(
             generator, variables, run.builder, test, width=cfg.beam_width, n=cfg.lists, seen=seen
@@ -181,18 +186,19 @@ def judged(
     return values
 
 
-def played(run: Run, items: int, cfg: JudgeConfig) -> dict[str, np.ndarray]:
+def played(run: Run, generator: Generator, items: int, cfg: JudgeConfig) -> dict[str, np.ndarray]:
     """`loop METRIC` of `closed_loop.METRICS` with slates of m items, float64 `[all users]`."""
-    generator = run.generator(
-        make_mesh(data=1), beam_width=cfg.beam_width, batch_size=cfg.batch_size
-    )
     if run.session_rule is None:
         policy = RunPolicy(run, generator, list_length=items)
     else:
         policy = SessionPolicy(run, generator)
     flagged = run.dataset.items["viral_farm"].fill_null(0).to_numpy().astype(float)
     found = play(
-        policy, World.from_meta(run.dataset.meta), run.dataset,
-        days=cfg.days, room=cfg.room, flagged=flagged,
-    )  # fmt: skip
+        policy,
+        World.from_meta(run.dataset.meta),
+        run.dataset,
+        days=cfg.days,
+        room=cfg.room,
+        flagged=flagged,
+    )
     return {f"loop {name}": value for name, value in found.items()}

@@ -88,25 +88,32 @@ def _mean_and_max(report: Mapping, metrics: Mapping[str, str]):
 
 
 def gain_rows(compared: Mapping, names: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """A row an arm, a column a metric: per cent over the base, 95% interval, ± where seeds
-    disagree, and in how many of them the sign is that of the mean.
+    """Header and a row a metric, a column an arm: `gain` over the base.
 
     Args:
       names: metric -> title.
     """
     here = [m for m in names if any(found.get(m) for found in compared.values())]
-    rows = [[arm, *(gain(found.get(m)) for m in here)] for arm, found in compared.items()]
-    return ["", *(names[m] for m in here)], rows
+    rows = [[names[m], *(gain(m, found.get(m)) for found in compared.values())] for m in here]
+    return ["", *compared], rows
 
 
-def gain(found: Mapping | None) -> str:
-    """One cell of `gain_rows`; nothing where there is nothing to compare."""
+def gain(metric: str, found: Mapping | None) -> str:
+    """Per cent over the base (of a reward, which has no zero, as it is), 95% interval, ± where
+    seeds disagree on the sign, and in how many of them it is that of the mean.
+
+    Nothing where there is nothing to compare.
+    """
     if found is None or not found["b"]:
         return ""
-    change, low, high = (100 * x / found["b"] for x in (found["difference"], *found["ci95"]))
+    absolute = metric.startswith("reward")
+    scale, pattern = (1, "{:+.3f}") if absolute else (100 / found["b"], "{:+.1f}%")
+    change, low, high = (scale * x for x in (found["difference"], *found["ci95"]))
+    text = f"{pattern} [{pattern}, {pattern}]".format(change, low, high)
+    if found["seeds"] == 1:
+        return text
     same = sum(np.sign(x) == np.sign(found["difference"]) for x in found["by_seed"])
-    mark = "" if found["agrees"] else " ±"
-    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]{mark}, {same} of {found['seeds']}"
+    return text + ("" if found["agrees"] else " ±") + f", {same} of {found['seeds']}"
 
 
 def list_metrics() -> dict[str, str]:
@@ -119,7 +126,10 @@ def list_metrics() -> dict[str, str]:
     }
     names |= {f"{head} by the judge, {how}": f"{head}, {how}" for head in HEADS for how in HOW[1:]}
     names |= {f"reward by the reward, {how}": f"reward, {how}" for how in HOW[1:]}
-    return names | {"first codes": "first codes of the first list", "different items": "different"}
+    return names | {
+        "first codes": "different first codes in the first list",
+        "different items": "different items in all lists",
+    }
 
 
 def markdown(report: Mapping, lines: Sequence[str]) -> str:
@@ -129,16 +139,16 @@ def markdown(report: Mapping, lines: Sequence[str]) -> str:
     parts += ["By the judge:", markdown_table(*paper_rows(report))]
     parts += ["By the platform, a list:", markdown_table(*platform_rows(report))]
     tables = {
-        f"% over {base}:": (report["compared"], list_metrics()),
-        f"Aligned, % over {parent}:": (report["compared_aligned"], list_metrics()),
-        f"Closed loop, % over {base}:": (
+        f"Over {base}:": (report["compared"], list_metrics()),
+        f"Aligned, over {parent}:": (report["compared_aligned"], list_metrics()),
+        f"Closed loop, over {base}:": (
             report["compared"],
             {f"loop {name}": LOOP[name] for name in SHOWN},
         ),
     }
     for title, (compared, names) in tables.items():
         header, rows = gain_rows(compared, names)
-        if len(header) > 1:
+        if rows:
             parts += [title, markdown_table(header, rows)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 

@@ -227,9 +227,12 @@ def run_arm(
             print(error)
             np.savez(path, stopped=str(error))
             return
-        lists = run_lists(run, test, items, cfg, seed=seed, diverse=arm.diverse)
+        generator = run.generator(
+            make_mesh(data=1), beam_width=cfg.beam_width, batch_size=cfg.batch_size
+        )
+        lists = run_lists(run, generator, test, items, cfg, seed=seed, diverse=arm.diverse)
         if cfg.days and not arm.diverse:
-            values = played(run, items, cfg)
+            values = played(run, generator, items, cfg)
     values = judged(lists, test, reward, judge, cfg) | values
     for name, value in values.items():
         print(f"{name}: {np.nanmean(value):.4f}")
@@ -277,8 +280,10 @@ def main(config: StudyConfig) -> None:
         aligned=[arm for arm in arms if ARMS[arm].align is not None],
         resamples=config.resamples,
     )
+    users = next(iter(measured[BASE].scores.values())).shape[1]
     lines = [
-        f"World {world.config.name} ({world.fingerprint}), split by time; {config.seeds} seeds; "
+        f"World {world.config.name} ({world.fingerprint}), split by time: {users} test users; "
+        f"{config.seeds} seeds; "
         f"{config.start.train.steps} steps of pretraining, {config.align.train.steps} of "
         f"alignment. {config.judge.lists} lists of {config.start.sessions.items} unseen items for "
         "each test user. In brackets 95% intervals over users and seeds, paired; ± where seeds "
