@@ -9,7 +9,7 @@ An arm is one of these; `NAME=` before it gives it a short name.
 
     logging         the policy that made the log
     oracle          the platform's own expectation, over all items
-    RUN             a run's beams
+    RUN             a run's beams; of a run on session lists its most probable list
     RUN+REWARD      all items of its beams, of which a reward run chooses
     swing+REWARD    a cascade: recall by Swing, ranked by a reward run
 
@@ -48,7 +48,14 @@ from onerec_jax.evaluation.cascade import SwingRecall
 from onerec_jax.evaluation.closed_loop import METRICS, Metered, compare, mean_cost, play
 from onerec_jax.files import write_text
 from onerec_jax.generation.generator import Generator
-from onerec_jax.policies import CascadePolicy, Ranker, RunPolicy, SelectionPolicy, oracle_policy
+from onerec_jax.policies import (
+    CascadePolicy,
+    Ranker,
+    RunPolicy,
+    SelectionPolicy,
+    SessionPolicy,
+    oracle_policy,
+)
 from onerec_jax.reward_run import RewardRun
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
@@ -84,8 +91,9 @@ class AbConfig:
     room: int = 300
     """Most exposures of a user."""
     list_length: int = 10
-    """Items of a slate."""
+    """Items of a slate; of a run on session lists those of its lists."""
     beam_width: int = 64
+    """Items, or lists, that a search holds."""
     cascade: CascadeConfig = CascadeConfig()
     batch_size: int = 64
     """Users at once."""
@@ -163,6 +171,7 @@ class Platform:
         self.config = config
         self._opened: dict[tuple[type[Run], str], Run] = {}
         self._beams: dict[str, RunPolicy] = {}
+        self._lists: dict[str, SessionPolicy] = {}
         self._generators: dict[tuple, Generator] = {}
 
     def open(self, kind: type[Run], folder: str) -> Run:
@@ -184,16 +193,37 @@ class Platform:
     def beams(self, folder: str) -> RunPolicy:
         """The policy of a run; runs that differ in weights only share what is compiled."""
         if folder not in self._beams:
-            run, config = self.open(Run, folder), self.config
-            alike = (run.model_config, run.spec, run.ids.fingerprint, run.tie_order.tobytes())
-            if alike not in self._generators:
-                self._generators[alike] = run.generator(
-                    make_mesh(data=1), beam_width=config.beam_width, batch_size=config.batch_size
-                )
+            run = self.open(Run, folder)
             self._beams[folder] = RunPolicy(
-                run, self._generators[alike], list_length=config.list_length
+                run, self._generator(run), list_length=self.config.list_length
             )
         return self._beams[folder]
+
+    def lists(self, folder: str) -> SessionPolicy:
+        """The policy of a run on session lists, which shows whole lists.
+
+        Raises:
+          InputError: its lists are of another length than slates are.
+        """
+        if folder not in self._lists:
+            run = self.open(Run, folder)
+            items, asked = run.model_config.session_items, self.config.list_length
+            if items != asked:
+                raise InputError(
+                    f"{folder} generates lists of {items} items, --list-length is {asked}: give "
+                    f"--list-length {items}, for slates of all arms are alike"
+                )
+            self._lists[folder] = SessionPolicy(run, self._generator(run))
+        return self._lists[folder]
+
+    def _generator(self, run: Run) -> Generator:
+        config = self.config
+        alike = (run.model_config, run.spec, run.ids.fingerprint, run.tie_order.tobytes())
+        if alike not in self._generators:
+            self._generators[alike] = run.generator(
+                make_mesh(data=1), beam_width=config.beam_width, batch_size=config.batch_size
+            )
+        return self._generators[alike]
 
     def ranker(self, folder: str) -> Ranker:
         """Ranks by a reward run."""
@@ -234,6 +264,8 @@ def make_policy(parts: tuple[str, ...], platform: Platform) -> Policy:
             return oracle_policy(platform.world, platform.config.list_length)
         case ("swing", reward):
             return cascade(platform.ranker(reward), platform.config)
+        case (run,) if platform.open(Run, run).session_rule:
+            return platform.lists(run)
         case (run,):
             return platform.beams(run)
         case (run, reward):

@@ -256,8 +256,14 @@ def make_validation(config: AlignConfig, run: Run, tester: ListTester):
     return validate
 
 
-def train(config: AlignConfig, parent: Run, run: Run, examples, tester: ListTester, mesh):
-    """Trains to the end, from the latest checkpoint if there is one."""
+def train(
+    config: AlignConfig, parent: Run, run: Run, examples, tester: ListTester, mesh, validate=None
+):
+    """Trains to the end, from the latest checkpoint if there is one.
+
+    Args:
+      validate: in place of `make_validation`'s.
+    """
     users = rollout_users(config.dpo_share, config.train.batch_size, mesh)
     stream = TrainStream(
         run.builder,
@@ -307,7 +313,7 @@ def train(config: AlignConfig, parent: Run, run: Run, examples, tester: ListTest
         run.metrics,
         config.train,
         seed=config.seed,
-        validate=make_validation(config, run, tester),
+        validate=validate or make_validation(config, run, tester),
         guard=config.guard,
     )
 

@@ -1,4 +1,4 @@
-"""What an A/B test plays: a run's beams, a reward's choice among them, a cascade, an oracle.
+"""What an A/B test plays: a run's beams or lists, a reward's choice, a cascade, an oracle.
 
 Each is a `Policy` of a world's loop: (users, log, request) -> item rows. Those that could be served
 count their FLOPs (docs/posttrain.md).
@@ -18,6 +18,7 @@ from onerec_jax.data.world.response import World, satisfaction
 from onerec_jax.evaluation.cascade import SwingRecall, unlisted
 from onerec_jax.generation.generator import Generator, compute_copy, drop_seen, expand_leaves
 from onerec_jax.generation.selection import select
+from onerec_jax.generation.session_generator import items_of_leaves
 from onerec_jax.reward_run import RewardRun
 from onerec_jax.run import Run
 from onerec_jax.sharding import put_batch
@@ -70,12 +71,39 @@ class RunPolicy:
             np.concatenate(leaves), self.generator.offsets, self.generator.items, n
         )
 
-    def _count(self, batch, users: int) -> None:
+    def _count(self, batch, users: int, items: int = 1) -> None:
         names = ("short", "positive", "lifelong")
         lengths = {name: getattr(batch, name).length[:users] for name in names}
-        run = self.run
-        parts = generation_flops(run.model_config, run.spec, self.generator.beam_width, lengths)
+        cfg, spec, width = self.run.model_config, self.run.spec, self.generator.beam_width
+        parts = generation_flops(cfg, spec, width, lengths, items=items)
         self.flops["generation"] += int(sum(part.sum() for part in parts.values()))
+
+
+class SessionPolicy(RunPolicy):
+    """The most probable list of a run on session lists, as a slate. Nothing is shown twice."""
+
+    def __init__(self, run: Run, generator: Generator):
+        """`generator`: as of `RunPolicy`; its beam width is that of lists."""
+        super().__init__(run, generator, list_length=run.model_config.session_items)
+
+    def __call__(self, users: np.ndarray, log: Log, request: Request) -> np.ndarray:
+        seen = [log.history(user)["item"] for user in users]
+        builder, made = self.run.builder.over(self.actions(log)), self.generator
+        position, lists = log.length[users], []
+        for part, full in batches(len(users), made.batch_size):
+            batch = builder(users[full], position[full], request.time_s[full])
+            found = made.search_lists(
+                self.variables,
+                put_batch(batch, made.mesh),
+                width=made.beam_width,
+                trie=made.trie,
+                filter=put_batch(made.filters([seen[u] for u in full]), made.mesh),
+            )
+            best = np.asarray(found.leaf)[: len(part), :1]
+            rows = items_of_leaves(best, made.offsets, made.items, [seen[u] for u in part])
+            lists.append(rows[:, 0])
+            self._count(batch, len(part), self.list_length)
+        return filled(np.concatenate(lists), seen, self.run.popular)
 
 
 class Ranker:

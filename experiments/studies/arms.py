@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from experiments import pretrain
 from experiments.prepare import PrepareConfig, prepare
@@ -26,12 +26,16 @@ from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 
 
-def world_data(world: WorldConfig) -> pathlib.Path:
+def world_data(
+    world: WorldConfig, split: Literal["leave-one-out", "time"] = "leave-one-out"
+) -> pathlib.Path:
     """The folder of a platform's log; simulated if it is not there."""
-    folder = pretrain.RUNS / "data" / f"world-{settings_hash(dataclasses.asdict(world))}"
+    key = settings_hash(dataclasses.asdict(world))
+    name = f"world-{key}" if split == "leave-one-out" else f"world-{split}-{key}"
+    folder = pretrain.RUNS / "data" / name
     if not folder.exists():
         print(f"simulating {world.users:,} users")
-        prepare(PrepareConfig(source="world", world=world, out=folder))
+        prepare(PrepareConfig(source="world", world=world, split=split, out=folder))
     return folder
 
 

@@ -30,9 +30,13 @@ METRICS = {
     "forward": "forwards",
     "hate": "dislikes",
     "flagged": "share of flagged",
+    "variety": "different topics in 5 in a row",
     "return": "P(return in 7 days)",
 }
-"""Sums over a user's exposures; the last two are means over exposures and over sessions."""
+"""Sums over a user's exposures; the last three are means over exposures, over fives of exposures
+and over sessions."""
+IN_A_ROW = 5
+"""Exposures of a session, one after the other, whose topics are counted."""
 
 
 def play(
@@ -92,6 +96,7 @@ def measure(
         found[name] = total(table[name])
     with np.errstate(invalid="ignore"):  # a user without an exposure has neither
         found["flagged"] = total(flagged[table["item"]]) / found["views"]
+    found["variety"] = variety(table, world)
     found["return"] = returns(table, world)
     return found
 
@@ -116,6 +121,27 @@ def session_begins(table: Mapping[str, np.ndarray]) -> np.ndarray:
     begins = np.ones(len(table["user"]), bool)
     begins[1:] = (np.diff(table["user"]) != 0) | (np.diff(table["session"]) != 0)
     return begins
+
+
+def variety(table: Mapping[str, np.ndarray], world: World) -> np.ndarray:
+    """Mean number of different topics in five exposures in a row, float64 `[U]`; NaN without any.
+
+    A session's exposures are cut into fives from its first on; what is left over does not count.
+    So arms are compared whatever the length of their slates and of the sessions that come of them.
+    """
+    user, session, slot = (table[name] for name in ("user", "session", "slot"))
+    first = np.flatnonzero(slot % IN_A_ROW == 0)
+    first = first[first + IN_A_ROW <= len(user)]
+    last = first + IN_A_ROW - 1
+    first = first[(user[last] == user[first]) & (session[last] == session[first])]
+    shown = table["item"][first[:, None] + np.arange(IN_A_ROW)]
+    topics = np.sort(np.asarray(world.latents.items.topic)[shown], axis=1)
+    different = 1 + (np.diff(topics, axis=1) != 0).sum(1)
+    users = world.config.users
+    with np.errstate(invalid="ignore"):
+        return np.bincount(user[first], different, users) / np.bincount(
+            user[first], minlength=users
+        )
 
 
 def returns(table: Mapping[str, np.ndarray], world: World) -> np.ndarray:

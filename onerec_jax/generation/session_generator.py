@@ -125,3 +125,81 @@ def point_wise_lists(
         short = max(items - lists.shape[1], 0)
         found.append(np.pad(lists, ((0, 0), (0, short)), constant_values=-1)[:, :items])
     return np.concatenate(found)
+
+
+def item_candidates(
+    generator: Generator, variables, builder: BatchBuilder, examples: Examples, *, seen
+) -> tuple[np.ndarray, np.ndarray]:
+    """All unseen items of the beams of a point-wise model, and how probable it finds each.
+
+    Items that share an ID share its probability alike.
+
+    Args:
+      seen: item rows to leave out, one array an example.
+
+    Returns:
+      Item rows int32 `[U, C]`, in the order of beams, -1 = none, and log-probabilities float32
+      `[U, C]`, -inf likewise.
+    """
+    items, scores, start = [], [], 0
+    count = np.diff(generator.offsets)
+    for beams in generator.beams(variables, builder, examples):
+        found = candidates(beams.leaf, generator.offsets, generator.items)
+        known = seen[start : start + len(found)]
+        start += len(found)
+        lists = drop_seen(found, known, found.shape[1])
+        for row, leaf, logp in zip(lists, beams.leaf, beams.logp, strict=True):
+            of_leaf = np.full(len(count), -np.inf, np.float32)
+            alive = leaf >= 0
+            of_leaf[leaf[alive]] = logp[alive] - np.log(count[leaf[alive]])
+            items.append(row)
+            scores.append(np.where(row >= 0, of_leaf[generator.ids.leaf_of_item[row]], -np.inf))
+    longest = max(map(len, items))
+
+    def padded(rows, value):
+        return np.stack([np.pad(x, (0, longest - len(x)), constant_values=value) for x in rows])
+
+    return padded(items, -1), padded(scores, -np.inf).astype(np.float32)
+
+
+def drawn_lists(
+    item_uc: np.ndarray,
+    logp_uc: np.ndarray,
+    users: np.ndarray,
+    sids: np.ndarray,
+    *,
+    number: int,
+    items: int,
+    at_most: int = 0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Lists of a point-wise model: its best items, and lists drawn by their probabilities.
+
+    The first list holds the candidates in the order given. Each further one is drawn item by item
+    without replacement, each item as probable as the model finds it among those that are left
+    (Plackett-Luce, by Gumbel noise). The noise belongs to (seed, user, list, item): models that are
+    compared draw with the same.
+
+    Args:
+      item_uc: candidates int `[U, C]`, best first, -1 = none.
+      logp_uc: float `[U, C]`, log-probabilities up to a constant of the user.
+      users: int `[U]`, user rows.
+      sids: int `[I, levels]`.
+      number: W.
+      items: m of a list.
+      at_most: items of a list that may share the first code, by `selection.spread`; 0: any number.
+
+    Returns:
+      Item rows int32 `[U, W, m]`, -1 where there are too few.
+    """
+    made = []
+    for user, row, logp in zip(users, item_uc, logp_uc, strict=True):
+        noise = np.random.default_rng((seed, int(user))).gumbel(size=(number - 1, len(sids)))
+        key = np.where(row >= 0, logp + noise[:, row], -np.inf)
+        order = np.argsort(-key, axis=1, kind="stable")
+        lists = np.concatenate([row[None], row[order]])
+        if at_most:
+            lists = spread(lists, sids, items, at_most)
+        short = max(items - lists.shape[1], 0)
+        made.append(np.pad(lists, ((0, 0), (0, short)), constant_values=-1)[:, :items])
+    return np.stack(made).astype(np.int32)

@@ -17,6 +17,7 @@ from onerec_jax.evaluation.closed_loop import (
     play,
     returns,
     session_begins,
+    variety,
 )
 
 USERS, ITEMS = 20, 100
@@ -85,6 +86,22 @@ def test_stay_by_loops():
     np.testing.assert_array_equal(found, [(112 + 3.5 - 100) + 20, 0, 0, 0.5, 0])
     none = {name: values[:0] for name, values in table.items()}
     np.testing.assert_array_equal(app_stay(none, 5), np.zeros(5))
+
+
+def test_variety_by_loops(platform):
+    """Fives of each session in turn; what is left over, and whoever has no five, does not count."""
+    world, dataset = platform
+    table = Log.from_dataset(dataset, 0).table()
+    topics, sessions = np.asarray(world.latents.items.topic), {}
+    for user, session, item in zip(*(table[x] for x in ("user", "session", "item")), strict=True):
+        sessions.setdefault((user, session), []).append(topics[item])
+    counts = {user: [] for user in range(USERS)}
+    for (user, _), shown in sessions.items():
+        for first in range(0, len(shown) - 4, 5):
+            counts[user].append(len(set(shown[first : first + 5])))
+    expected = [np.mean(found) if found else np.nan for found in counts.values()]
+    assert np.isfinite(expected).any()
+    np.testing.assert_array_equal(variety(table, world), expected)
 
 
 def test_stay_is_watch_time_and_swipes(platform):

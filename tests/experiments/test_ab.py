@@ -11,20 +11,24 @@ import pytest
 from conftest import quick_compilation
 
 from experiments import ab
+from experiments.align import AlignRun
 from onerec_jax import policies
 from onerec_jax.data.exposures import LabelRule
 from onerec_jax.data.features import build_feature_spec, positive_actions
 from onerec_jax.data.schema import load_dataset, save_dataset
+from onerec_jax.data.session_lists import SessionRule
 from onerec_jax.data.sources.world import read_world
 from onerec_jax.data.splits import make_split
 from onerec_jax.data.world.constants import WorldConfig
 from onerec_jax.data.world.loop import Log, Request
 from onerec_jax.data.world.response import World
 from onerec_jax.errors import InputError
+from onerec_jax.generation.session_generator import session_lists
 from onerec_jax.inputs import PositiveRule
 from onerec_jax.models.reward import RewardConfig
 from onerec_jax.reward_run import RewardRun
 from onerec_jax.run import Run
+from onerec_jax.training.flops import generation_flops
 from onerec_jax.training.step import TrainState
 
 USERS, ITEMS = 20, 100
@@ -232,3 +236,54 @@ def test_arms_that_fit_nothing(platform, tmp_path):
     }.items():
         with pytest.raises(InputError, match=message):
             ab.make_policies(dataclasses.replace(CONFIG, arms=arms))
+
+
+@pytest.fixture(scope="module")
+def lists_run(platform):
+    """A run on session lists of three items, of random weights."""
+    _, folder = platform
+    model = helpers.tiny_config(num_experts=0, decoder_layers=1, lifelong_length=0, session_items=3)
+    settings = {"preset": "tiny", "model": dataclasses.asdict(model), "targets": "sessions"}
+    settings |= {"stage": "align", "sessions": dataclasses.asdict(SessionRule(items=3))}
+    with quick_compilation():
+        return make_run(AlignRun, folder, settings).folder
+
+
+def test_a_run_of_lists_shows_its_most_probable_one(platform, lists_run):
+    world, folder = platform
+    arms = (f"lists={lists_run}", f"items={folder}/pretrain-0")
+    made, _, dataset = ab.make_policies(dataclasses.replace(CONFIG, arms=arms, beam_width=8))
+    (policy,), (items,) = made.values()
+    assert isinstance(policy, policies.SessionPolicy)
+    assert not isinstance(items, policies.SessionPolicy)
+    log, users = log_of(dataset), np.arange(10)  # two programs: of eight users, and of two
+    request, seen = request_at(world, log, users), [log.history(user)["item"] for user in users]
+    run = Run.open(lists_run)
+    with quick_compilation():
+        shown = policy(users, log, request)
+        expected = session_lists(
+            policy.generator,
+            run.load_best(),
+            lambda user, position, rows: run.builder(user, position, request.time_s[user]),
+            helpers.examples_of(users, log.length[users]),
+            width=8,
+            seen=seen,
+        ).items[:, 0]
+    found = expected >= 0  # an ID may have no unseen item left
+    assert found.mean() > 0.9
+    np.testing.assert_array_equal(shown[found], expected[found])
+    for slate, known in zip(shown, seen, strict=True):
+        assert len(set(slate)) == 3
+        assert not set(slate) & set(known)
+    lengths = {
+        name: getattr(run.builder(users, log.length[users], request.time_s), name).length
+        for name in ("short", "positive", "lifelong")
+    }
+    cost = generation_flops(run.model_config, run.spec, 8, lengths, items=3)
+    assert policy.flops == {"generation": sum(int(np.sum(part)) for part in cost.values())}
+
+
+def test_slates_are_as_long_as_lists(platform, lists_run):
+    config = dataclasses.replace(CONFIG, arms=(str(lists_run), "oracle"), list_length=10)
+    with pytest.raises(InputError, match=r"lists of 3 items, --list-length is 10: give --list"):
+        ab.make_policies(config)

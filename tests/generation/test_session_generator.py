@@ -9,6 +9,8 @@ from onerec_jax.data.examples import Examples
 from onerec_jax.data.features import ItemFeatures
 from onerec_jax.generation.generator import Generator
 from onerec_jax.generation.session_generator import (
+    drawn_lists,
+    item_candidates,
     items_of_leaves,
     point_wise_lists,
     session_lists,
@@ -102,3 +104,59 @@ def test_point_wise_lists(parts):
     for user, known in zip(unseen, SEEN, strict=True):
         assert not set(user) & set(known)
     assert (unseen[2] == -1).sum() == 1
+
+
+def test_candidates_share_the_probability_of_their_id(parts):
+    builder, generator, variables = parts
+    items, logp = item_candidates(generator, variables, builder, EXAMPLES, seen=SEEN)
+    np.testing.assert_array_equal(
+        items[:, :3],
+        point_wise_lists(generator, variables, builder, EXAMPLES, 3, seen=SEEN),
+    )
+    beams = list(generator.beams(variables, builder, EXAMPLES))
+    sid, beam_logp = (np.concatenate([getattr(x, name) for x in beams]) for name in ("sid", "logp"))
+    for user in range(3):
+        of_id = dict(zip(map(tuple, sid[user]), beam_logp[user], strict=True))
+        known = set(SEEN[user].tolist())
+        assert set(items[user].tolist()) - {-1} == set(range(6)) - known
+        for item, value in zip(items[user], logp[user], strict=True):
+            sharing = (SIDS[item] == SIDS).all(1).sum()
+            expected = -np.inf if item < 0 else of_id[tuple(SIDS[item])] - np.log(sharing)
+            assert value == pytest.approx(expected)
+
+
+def test_lists_are_drawn_as_probable_as_their_items():
+    """First items, and second ones given the first, against the probabilities themselves."""
+    p, users = np.array([0.5, 0.3, 0.2]), np.array([4, 7])
+    items = np.array([[5, 1, 3, -1]] * 2)
+    logp = np.append(np.log(p) + 2, -np.inf)[None].repeat(2, 0)
+    found = drawn_lists(items, logp, users, SIDS, number=4001, items=2)
+    assert found.shape == (2, 4001, 2)
+    np.testing.assert_array_equal(found[:, 0], items[:, :2])
+    assert (found[0] != found[1]).any()
+    drawn = found[0, 1:]
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    for i, first in enumerate([5, 1, 3]):
+        mine = drawn[drawn[:, 0] == first]
+        assert len(mine) / 4000 == pytest.approx(p[i], abs=0.03)
+        for j, second in enumerate([5, 1, 3]):
+            share = (mine[:, 1] == second).mean()
+            assert share == pytest.approx(0 if i == j else p[j] / (1 - p[i]), abs=0.06)
+
+
+def test_models_draw_with_the_same_noise():
+    """Another order and more candidates, the same probabilities: the same lists."""
+    a = drawn_lists(np.array([[1, 4]]), np.zeros((1, 2)), [3], SIDS, number=9, items=2)
+    order, logp = np.array([[4, 5, 1]]), np.array([[0, -50.0, 0]])
+    b = drawn_lists(order, logp, [3], SIDS, number=9, items=2)
+    np.testing.assert_array_equal(a[0, 1:], b[0, 1:])
+    other = drawn_lists(np.array([[1, 4]]), np.zeros((1, 2)), [3], SIDS, number=9, items=2, seed=1)
+    assert (a != other).any()
+
+
+def test_drawn_lists_follow_the_rule_and_may_come_short():
+    items, logp = np.array([[1, 4, 0, -1]]), np.array([[0, 0, -9.0, -np.inf]])
+    (found,) = drawn_lists(items, logp, [0], SIDS, number=6, items=2, at_most=1)
+    assert {tuple(sorted(row)) for row in found.tolist()} <= {(0, 1), (0, 4)}  # 1, 4 share a code
+    (short,) = drawn_lists(items, logp, [0], SIDS, number=3, items=5)
+    assert (np.sort(short, axis=1) == [-1, -1, 0, 1, 4]).all()
