@@ -27,6 +27,8 @@ STUDY = Study(
         *(f"watch_s {how}@{n}" for how in ("mean", "chosen", "best") for n in NUMBERS),
         *(f"satisfaction {how}@{n}" for how in ("mean", "chosen", "best") for n in NUMBERS),
     ),
+    # Of what is drawn: the arm without RL draws two items a user, so that rewards say nothing.
+    curves=("loss",),
     judge={"pass_at": NUMBERS, "days": 2.0},
 )
 
