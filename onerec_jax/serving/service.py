@@ -165,6 +165,8 @@ class Service:
                 return False
             self._warm(recommender)
         except Exception as error:  # whatever it is, requests go on being answered
+            if self._signature() != signature:  # training deleted what was read: look again
+                return False
             self.metrics.reloads.labels("failed").inc()
             line = (str(error).splitlines() or [type(error).__name__])[0]
             if line != self._complaint:

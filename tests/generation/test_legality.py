@@ -18,8 +18,11 @@ EXAMPLES = helpers.examples_of(np.arange(USERS), np.zeros(USERS))
 
 
 def measured(method, count=GROUP, batch_size=2):
+    def builder(users, positions, rows=None):
+        return VECTORS[users]
+
     return legality_by_level(
-        MODEL, {}, IDS, lambda users, positions: VECTORS[users], EXAMPLES, make_mesh(1),
+        MODEL, {}, IDS, builder, EXAMPLES, make_mesh(1),
         method=method, count=count, batch_size=batch_size,
     )  # fmt: skip
 

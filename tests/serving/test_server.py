@@ -420,7 +420,8 @@ def test_a_newer_checkpoint_and_a_newer_catalogue_fail_no_request(copied, tmp_pa
             texts = (copied / "catalogue.json").read_text()
             (copied / "catalogue.json").write_text(texts.replace("ids", "nowhere"))
             wait_for(lambda: values(server)['onerec_reloads_total{result="failed"}'] == 1)
-            assert any(line.startswith("still serving step 4: ") for line in server.said)
+            complaint = "still serving step 4: "
+            wait_for(lambda: any(line.startswith(complaint) for line in server.said))
             (copied / "catalogue.json").write_text(texts)
             serving_world.save_checkpoint(run, 5, seed=2)
             wait_for(lambda: (200, 5) in answers)
