@@ -8,6 +8,8 @@ import pathlib
 import shutil
 import tempfile
 
+import numpy as np
+
 from onerec_jax.errors import InputError
 
 
@@ -48,6 +50,18 @@ def write_parquet(path, frame) -> None:
     path.parent.mkdir(exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp")
     frame.write_parquet(tmp)
+    os.replace(tmp, path)
+
+
+def write_npz(path, arrays) -> None:
+    """Writes arrays by name to an .npz file by way of a temporary sibling of this process.
+
+    Args:
+      arrays: name -> array.
+    """
+    path = pathlib.Path(path)
+    tmp = path.with_name(f".{path.stem}-{os.getpid()}.npz")  # savez adds .npz to other names
+    np.savez(tmp, **arrays)
     os.replace(tmp, path)
 
 

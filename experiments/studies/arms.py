@@ -21,6 +21,7 @@ from experiments import pretrain
 from experiments.prepare import PrepareConfig, prepare
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.world.constants import WorldConfig
+from onerec_jax.errors import InputError
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -68,13 +69,18 @@ def run_tasks(
       function: of a module, so that a fresh process can import it; writes its results to files.
       tasks: name -> arguments.
       parallel: tasks at a time.
-      gpus: GPUs to deal the processes out to; 0 leaves them as JAX finds them.
+      gpus: GPUs to deal the processes out to, the first of CUDA_VISIBLE_DEVICES where that is
+        set; 0 leaves them as JAX finds them.
 
     Raises:
+      InputError: more GPUs than CUDA_VISIBLE_DEVICES names.
       RuntimeError: a task failed; the others have run to their end.
     """
     logs.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+    if len(visible) < gpus:
+        raise InputError(f"--gpus {gpus}, but CUDA_VISIBLE_DEVICES names {len(visible)}: ask fewer")
     waiting, failed, begin = queue.SimpleQueue(), [], time.perf_counter()
     for task in tasks.items():
         waiting.put(task)
@@ -100,7 +106,7 @@ def run_tasks(
 
     threads = []
     for number in range(parallel):
-        gpu = number % gpus if gpus else None
+        gpu = visible[number % gpus] if gpus else None
         place = Place(cores[number::parallel], gpu, -(-parallel // gpus) if gpus else 1)
         threads.append(threading.Thread(target=work_through, args=(place,)))
         threads[-1].start()
@@ -114,7 +120,8 @@ class Place(NamedTuple):
     """Where a process runs."""
 
     cores: list[int]
-    gpu: int | None
+    gpu: str | None
+    """As CUDA_VISIBLE_DEVICES names it."""
     sharing: int
     """Processes on that GPU."""
 
@@ -124,7 +131,7 @@ def _run(place: Place, function, arguments, log) -> None:
     if place.cores:
         os.sched_setaffinity(0, place.cores)
     if place.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place.gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / place.sharing:.2f}"
     with (
         open(log, "w", buffering=1) as file,

@@ -38,7 +38,7 @@ from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.lists import expected_of_lists
 from onerec_jax.evaluation.paired import paired_over_seeds
 from onerec_jax.evaluation.report import markdown_table
-from onerec_jax.files import write_text
+from onerec_jax.files import write_npz, write_text
 from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -138,7 +138,7 @@ def run_arm(config: pretrain.PretrainConfig, list_length: int) -> None:
     scores = judge(run, list_length, batch_size=config.evaluation.batch_size)
     for name, values in scores.items():
         print(f"{name}: {np.nanmean(values):.4f}")
-    np.savez(run.folder / "scores.npz", **scores)
+    write_npz(run.folder / "scores.npz", scores)
 
 
 def judge(run: Run, list_length: int, *, batch_size: int) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from experiments.studies.post_judge import JudgeConfig, judged, off_policy
 from onerec_jax.data.examples import check_batch_size
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.world.response import World
-from onerec_jax.files import write_text
+from onerec_jax.files import write_npz, write_text
 from onerec_jax.reward_run import open_reward
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.sharding import make_mesh
@@ -188,7 +188,7 @@ def run_arm(
             run = post_trained(post)
         except (Collapsed, NonFiniteLoss) as error:
             print(error)
-            np.savez(path, stopped=str(error))
+            write_npz(path, {"stopped": str(error)})
             return
         if cfg.off_policy_users:
             found = off_policy(run, parent, reward, post, cfg)
@@ -196,7 +196,7 @@ def run_arm(
     for name, value in (values | found).items():
         print(f"{name}: {np.nanmean(value):.4f}")
     values |= {f"off policy {name}": value for name, value in found.items()}
-    np.savez(path, **values)
+    write_npz(path, values)
 
 
 def measure(

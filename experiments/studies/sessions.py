@@ -45,7 +45,7 @@ from onerec_jax.data.examples import check_batch_size
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.world.response import World
 from onerec_jax.errors import InputError
-from onerec_jax.files import write_text
+from onerec_jax.files import write_npz, write_text
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.session_reward_run import SessionRewardRun
 from onerec_jax.sharding import make_mesh
@@ -225,7 +225,7 @@ def run_arm(
             run = Run.open(start.policies[arm.model]) if alignment is None else aligned(alignment)
         except (Collapsed, NonFiniteLoss) as error:
             print(error)
-            np.savez(path, stopped=str(error))
+            write_npz(path, {"stopped": str(error)})
             return
         generator = run.generator(
             make_mesh(data=1), beam_width=cfg.beam_width, batch_size=cfg.batch_size
@@ -236,7 +236,7 @@ def run_arm(
     values = judged(lists, test, reward, judge, cfg) | values
     for name, value in values.items():
         print(f"{name}: {np.nanmean(value):.4f}")
-    np.savez(path, **values)
+    write_npz(path, values)
 
 
 def measure(
