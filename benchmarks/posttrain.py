@@ -41,6 +41,7 @@ from onerec_jax.data.exposures import RewardBatchBuilder
 from onerec_jax.data.features import ActionLog, ItemFeatures
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation.ranking import tie_order
+from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.rollout import RolloutConfig, draw_ids
 from onerec_jax.inputs import TIME_BUCKETS
 from onerec_jax.losses.ecpo import PolicyConfig
@@ -156,7 +157,7 @@ def random_scorer(config: BenchmarkConfig, spec, ids: SemanticIds, rng) -> Score
     one = np.zeros(1, np.int32)
     batch = builder.candidates(one, one, np.zeros((1, 1), np.int32))
     variables = jax.jit(lambda key: nn.unbox(model.init(key, batch)))(jax.random.key(1))
-    return Scorer(model, variables, builder, OBJECTIVES, 0, config.users)
+    return Scorer(model, variables, builder, config.users, OBJECTIVES)
 
 
 class ForgivingIds(SemanticIds):
@@ -315,8 +316,8 @@ def make_policy(config: BenchmarkConfig, spec, clock: Clock):
         variables = init(jax.random.key(0))
         variables = {name: variables.get(name, {}) for name in ("params", "router")}
         some = jax.device_put(jax.tree.map(lambda x: x[:16], rl))
-        width, steps = config.rollout.group, config.balancing_steps
-        return balance(OneRec(cfg, spec), variables, some, width, steps)[0]
+        search = functools.partial(beam_search, width=config.rollout.group)
+        return balance(OneRec(cfg, spec), variables, some, search, config.balancing_steps)[0]
 
     policy = PolicyTrainer(
         trainer,

@@ -20,6 +20,9 @@ os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
 
 chex.set_n_cpu_devices(8)  # before anything touches a JAX backend
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    # Elsewhere float32 products are rounded to tf32 or bfloat16 by default.
+    jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -10,6 +10,7 @@ go unnoticed: the note holds a digest of every leaf, made and checked on the dev
 """
 
 import pathlib
+import threading
 from typing import Any
 
 import jax
@@ -50,6 +51,7 @@ class Checkpoints:
             with quiet():
                 self._checkpointer = _training.Checkpointer(
                     self.folder.absolute(),
+                    context=_context(),
                     preservation_policy=kept,
                     cleanup_tmp_directories=cleanup,
                 )
@@ -58,7 +60,35 @@ class Checkpoints:
                 f"{self.folder} cannot be read ({_line(error)}): a step in it is damaged, delete "
                 "that step's folder"
             ) from error
-        self._writing = None
+        self._writing = self._reserving = None
+
+    def reserve(self, state: TrainState) -> None:
+        """Does on a GPU what the first save of `state` would keep the training waiting for.
+
+        Compiles the digests and, in the background, pins the memory of the host that saves are
+        copied to: the driver takes longer to pin pages than to fill them.
+        """
+        if jax.default_backend() != "gpu":
+            return
+        items = _items(state)
+        for item in items.values():
+            _digests(item)
+        shards = [
+            (shard.data.shape, leaf.dtype, shard.device)
+            for leaf in jax.tree.leaves(items)
+            for shard in leaf.addressable_shards
+            if shard.replica_id == 0
+        ]
+
+        def pin():
+            held = []  # all at once, then free for the first save
+            for shape, dtype, device in shards:
+                pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+                held.append(jax.device_put(np.empty(shape, dtype), pinned))
+            jax.block_until_ready(held)
+
+        self._reserving = threading.Thread(target=pin, daemon=True)
+        self._reserving.start()
 
     @property
     def latest(self) -> int | None:
@@ -77,6 +107,8 @@ class Checkpoints:
         self.wait()
         items = _items(state)
         digests = {name: _digests(item) for name, item in items.items()}
+        if self._reserving is not None:
+            self._reserving.join()
         self._writing = self._checkpointer.save_checkpointables_async(
             int(state.step),
             items,
@@ -159,6 +191,16 @@ def _line(error: Exception) -> str:
     """What went wrong first, on one line."""
     cause = first_cause(error)
     return (str(cause).splitlines() or [type(cause).__name__])[0][:200]
+
+
+def _context() -> ocp.Context:
+    """Copies from a GPU go through pinned memory, forty times as fast.
+
+    Orbax says that this is its default there, and leaves it off (0.12.8).
+    """
+    context = ocp.Context()
+    context.array.saving.enable_pinned_host_transfer = jax.default_backend() == "gpu"
+    return context
 
 
 def _items(state: TrainState) -> dict:

@@ -142,6 +142,7 @@ def fit(
         state = checkpoints.restore(trainer.abstract_state)
         progress = Progress(**checkpoints.load_note()["progress"])
         say(f"resuming at step {int(state.step)}")
+    checkpoints.reserve(state)
     step = int(state.step)
     metrics_log.cut_after(step)
     pending: list[dict] = []
