@@ -66,6 +66,9 @@ class Memory:
     def wait(self):
         """Nothing is ever under way."""
 
+    def reserve(self, state):
+        pass
+
     def save(self, state, *, note, score):
         saved = jax.device_get(state), json.loads(json.dumps(note)), score
         self.steps[int(state.step)] = saved
