@@ -3,7 +3,8 @@
 The published grid of NVIDIA's SID-GR example (recsys-examples, examples/sid_gr/benchmark): batch 1
 to 16, histories up to 256 to 2048 items of four tokens each, beam 200 over four levels of 256
 codes, bf16, the history's prefill included; median of 20 after 5 to warm up. It needs no trained
-weights. Lengths are drawn uniformly from 1 to the history's maximum; the seed is the cell's.
+weights. Lengths are drawn uniformly from 1 to the history's maximum, the seed being the cell's, or
+all are the maximum (--lengths full).
 
 The model exists for this benchmark alone, of our layers, in the sizes of theirs: 8 pre-norm blocks
 of width 1024 with 8 heads of 128; per block the matrices q, k, v, o (1024 x 1024) and a
@@ -26,7 +27,7 @@ import pathlib
 import shlex
 import sys
 import time
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -72,6 +73,8 @@ class BenchmarkConfig:
     layers: int = 8
     d_model: int = 1024
     head_dim: int = 128
+    lengths: Literal["uniform", "full"] = "uniform"
+    """Of the histories: from 1 to the maximum, as in the published grid, or all the maximum."""
     levels: int = 4
     codebook_size: int = 256
     warmup: int = 5
@@ -238,10 +241,12 @@ class CausalModel(nn.Module):
 
 
 def random_history(config: BenchmarkConfig, users: int, items: int) -> History:
-    """Histories of 1 to `items` items."""
+    """Histories of at most `items` items."""
     rng = np.random.default_rng([users, items])
     slots = items * config.levels
     length = rng.integers(1, items + 1, users) * config.levels
+    if config.lengths == "full":
+        length[:] = items * config.levels
     sixteenth = -(-users * slots // 16)
     rows = -(-int(length.sum()) // sixteenth) * sixteenth
     user = np.repeat(np.arange(users), length)
@@ -305,7 +310,8 @@ def time_cell(config: BenchmarkConfig, users: int, items: int) -> dict:
     flops = useful_flops(config, jax.device_get(history.length))
     peak = peak_flops(jax.devices()[0])
     published = None
-    if users in PUBLISHED_MS and items in PUBLISHED_HISTORIES:
+    uniform = config.lengths == "uniform"
+    if uniform and users in PUBLISHED_MS and items in PUBLISHED_HISTORIES:
         published = PUBLISHED_MS[users][PUBLISHED_HISTORIES.index(items)]
     row = {
         "users": users,
