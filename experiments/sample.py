@@ -36,7 +36,7 @@ class SampleConfig:
     """Run folder of the post-training, its --out; it may be about to be made."""
     queue: pathlib.Path
     """Folder of the queue, the trainer's --queue.folder."""
-    lease_s: float = 60
+    lease_s: float = 30
     """Seconds after which the request of a sampler that gives no sign of life is taken over."""
     idle_s: float = 1800
     """Seconds without a trainer, or without a request, after which this ends; 0: never."""

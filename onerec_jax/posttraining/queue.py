@@ -143,7 +143,7 @@ class Queue:
         self,
         folder: pathlib.Path,
         *,
-        lease_s: float = 60,
+        lease_s: float = 30,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Opens the folder, which need not be there yet.

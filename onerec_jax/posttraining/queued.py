@@ -101,8 +101,8 @@ class QueuedDraws:
         return Rollout(**answer), {"policy_age": float(step - step_of(request.policy))}
 
     def finish(self) -> None:
-        """At the end of training."""
-        if self._names:
+        """At the end of training, in whichever session that is."""
+        if self.queue.belongs_to is not None:
             self.queue.finish()
 
     def _newest(self, step: int) -> int:

@@ -1,7 +1,8 @@
 """Around the joint step: who is asked, what is drawn, what it is worth, what is kept of it.
 
 A step draws on the device, finds items and scores them from the host, and updates on the device;
-the report gives drawing and scoring to services of their own.
+the report gives drawing and scoring to services of their own. Drawing may be other processes' here
+(posttraining/queue.py).
 
 Axes: R users with rollouts, G items of a group, S levels.
 """
