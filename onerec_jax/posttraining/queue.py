@@ -338,13 +338,14 @@ def _read(path: pathlib.Path) -> Request | None:
     """A request; None: it is damaged."""
     try:
         with np.load(path) as file:
-            return Request(
+            found = Request(
                 int(file["step"]),
                 str(file["policy"]),
                 file["user"],
                 file["position"],
                 int(file["slots"]),
             )
+        return found if path.name.startswith(f"{found.name}@") else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
