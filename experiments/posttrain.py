@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from experiments import evaluate
+from experiments import evaluate, sample
 from experiments.from_run import (
     create,
     finished,
@@ -37,6 +37,7 @@ from onerec_jax.evaluation.lists import before_and_after, expected_of_lists, mea
 from onerec_jax.evaluation.ranking import ranking_metrics
 from onerec_jax.generation.rollout import RolloutConfig
 from onerec_jax.losses.ecpo import PolicyConfig
+from onerec_jax.posttraining.queue import QueueConfig
 from onerec_jax.posttraining.step import (
     FormatConfig,
     LossWeights,
@@ -50,7 +51,7 @@ from onerec_jax.rewards.industrial import IndustrialConfig, flagged_items
 from onerec_jax.rewards.objective import parse_objective, weighted_score
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.sharding import MeshConfig, make_mesh
-from onerec_jax.training.loop import LoopConfig, fit
+from onerec_jax.training.loop import LoopConfig, StopSignal, fit
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
@@ -104,6 +105,7 @@ class PosttrainConfig:
     rsft_drop: float = 0.5
     """Share of the sessions, those played shortest, that supervised fine-tuning leaves out."""
     rollout: RolloutConfig = RolloutConfig()
+    queue: QueueConfig = QueueConfig()
     policy: PolicyConfig = PolicyConfig()
     weights: LossWeights = LossWeights()
     format: FormatConfig = FormatConfig()
@@ -145,6 +147,7 @@ class PosttrainConfig:
                 raise InputError(f"--{flag} {value} must be {asks}")
         if not self.optimizer.learning_rate > 0:
             raise InputError("--optimizer.learning-rate must be above 0")
+        self.queue.check(self.rollout.refresh_every)
         self.objective_config  # noqa: B018 (refuses what does not fit together)
 
     @property
@@ -169,8 +172,10 @@ class PosttrainRun(Run):
 def settings(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -> dict:
     """All that the result depends on, as JSON; the mesh may change between sessions."""
     values = dataclasses.asdict(config)
-    for name in ("run", "reward", "judge", "out", "mesh", "evaluation", "flagged"):
+    for name in ("run", "reward", "judge", "out", "mesh", "evaluation", "flagged", "queue"):
         del values[name]
+    if schedule := config.queue.schedule(config.rollout.refresh_every):
+        values["queue"] = schedule
     before = parent.config["settings"]
     rows = None if flagged is None else np.flatnonzero(flagged).tolist()
     values |= {
@@ -289,6 +294,8 @@ def train(
         cfg=cfg,
         accumulate=config.train.accumulate,
     )
+    stream, stop = PolicyStream(stream, users), StopSignal()
+    queued = None if config.queue.folder is None else sample.queued_draws(config, run, stream, stop)
     policy = PolicyTrainer(
         trainer,
         lambda abstract: parent.checkpoints.restore_model(abstract, parent.best_step),
@@ -297,6 +304,7 @@ def train(
         config.rollout,
         seed=config.seed,
         record=RolloutFiles(run.folder / "rollouts", config.keep_rollouts, run),
+        queued=queued,
     )
     print(
         f"post-training {parent.folder} on {config.objective} of {reward.folder}: "
@@ -306,16 +314,20 @@ def train(
     if validate is None:
         scorer = reward.scorer(users=config.evaluation.batch_size)
         validate = make_validation(config, run, scorer, weights, mesh)
-    return fit(
+    result = fit(
         policy,
-        PolicyStream(stream, users),
+        stream,
         run.checkpoints,
         run.metrics,
         config.train,
         seed=config.seed,
         validate=validate,
         guard=config.guard,
+        stop=stop,
     )
+    if queued is not None:
+        queued.finish()
+    return result
 
 
 # --------------------------------------------------------------------------------------- results

@@ -54,15 +54,23 @@ def write_parquet(path, frame) -> None:
 
 
 def write_npz(path, arrays) -> None:
-    """Writes arrays by name to an .npz file by way of a temporary sibling of this process.
+    """Writes arrays by name to an .npz file by way of a temporary sibling, one for each writer.
 
     Args:
       arrays: name -> array.
+
+    Raises:
+      FileNotFoundError: the folder is not there, or somebody has removed the sibling.
     """
     path = pathlib.Path(path)
-    tmp = path.with_name(f".{path.stem}-{os.getpid()}.npz")  # savez adds .npz to other names
-    np.savez(tmp, **arrays)
-    os.replace(tmp, path)
+    number, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            np.savez(file, **arrays)
+        os.chmod(tmp, 0o644)  # mkstemp's are private
+        os.replace(tmp, path)
+    finally:
+        pathlib.Path(tmp).unlink(missing_ok=True)
 
 
 def read_json(path) -> dict:

@@ -104,10 +104,9 @@ class Run:
             }
         path = folder / "config.json"
         if path.exists():
-            if difference := _difference(read_json(path), json.loads(json.dumps(config))):
+            if other := difference(read_json(path), json.loads(json.dumps(config))):
                 raise InputError(
-                    f"{folder} holds a run with other settings ({difference}): give another "
-                    f"{cls.flag}"
+                    f"{folder} holds a run with other settings ({other}): give another {cls.flag}"
                 )
         elif folder.exists() and not _only_begun(folder):
             raise InputError(f"{cls.flag} {folder} exists and is no run folder: give another one")
@@ -288,7 +287,7 @@ def _only_begun(folder: pathlib.Path) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= begun
 
 
-def _difference(old: dict, new: dict) -> str | None:
+def difference(old: dict, new: dict) -> str | None:
     """The first setting, beyond the command, in which two configurations differ."""
 
     def flat(value, name=""):

@@ -147,7 +147,9 @@ def arm_config(config: StudyConfig, start: Start, seed: int, changes: Changes) -
         train=dataclasses.replace(post.train, validate_every=post.train.steps, patience=0),
     )
     # The folders of the start are named by all that it depends on.
-    name = settings_hash(dataclasses.asdict(post))
+    values = dataclasses.asdict(post)
+    del values["queue"]  # who draws is not what is drawn
+    name = settings_hash(values)
     return dataclasses.replace(post, out=folder_of() / f"arm-{name}-{seed}")
 
 

@@ -1,7 +1,8 @@
 """Around the joint step: who is asked, what is drawn, what it is worth, what is kept of it.
 
 A step draws on the device, finds items and scores them from the host, and updates on the device;
-the report gives drawing and scoring to services of their own.
+the report gives drawing and scoring to services of their own. Drawing may be other processes' here
+(posttraining/queue.py).
 
 Axes: R users with rollouts, G items of a group, S levels.
 """
@@ -21,6 +22,7 @@ from onerec_jax.data.examples import Examples
 from onerec_jax.data.pipeline import TrainStream
 from onerec_jax.files import write_parquet
 from onerec_jax.generation.rollout import (
+    Rollout,
     RolloutConfig,
     find_items,
     first_of_each,
@@ -49,6 +51,18 @@ class PolicyStream:
     """R."""
     kind: type = PolicyBatch
     """What is yielded; it has `sft`, `rl`, `user` and `position`."""
+
+    @functools.cached_property
+    def _numbers(self):
+        # Of its own: an epoch that begins ahead would be drawn again and again beside the present.
+        return self.stream.assembler().batches
+
+    def asked(self, step: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Who gets rollouts in a step: user rows and positions, int32 `[R]`, and the slots of
+        their lifelong pathway; without assembling a batch."""
+        index, slots = self._numbers(step)
+        examples = self.stream.examples[index[: self.users]]
+        return examples.user, examples.position, int(slots)
 
     def __call__(self, step: int = 0) -> Iterator:
         examples, numbers = self.stream.examples, self.stream.assembler().batches
@@ -148,6 +162,22 @@ class RolloutFiles:
         write_parquet(self.folder / f"step-{step:07}.parquet", frame)
 
 
+def make_draw(run: Run, cfg: RolloutConfig, mesh, seed: int):
+    """The compiled (step, variables, batch of R users, user rows `[R]`) -> `Rollout`.
+
+    Draws are a function of (seed, step, user) and the variables, whichever process makes them.
+    """
+    model = run.model()
+    trie = build_trie(run.ids.leaf_sids, run.ids.codebook_size) if cfg.masked else None
+
+    def draw(step, variables, batch: Batch, user):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 2)
+        keys = jax.vmap(lambda user: jax.random.fold_in(key, user))(user)
+        return rollout(model, variables, batch, keys, cfg=cfg, trie=trie)
+
+    return jax.jit(on_mesh(draw, mesh))
+
+
 class PolicyTrainer:
     """What `training.loop.fit` turns: draw, judge, update.
 
@@ -164,21 +194,15 @@ class PolicyTrainer:
         *,
         seed: int,
         record: Callable[..., None],
+        queued: Callable[[int, dict], tuple[Rollout, dict]] | None = None,
     ):
         """`start` loads the variables to begin from, given abstract ones; `record` as
-        `RolloutFiles`."""
+        `RolloutFiles`; `queued` as `QueuedDraws`, in place of drawing here."""
         self.mesh, self.abstract_state = trainer.mesh, trainer.abstract_state
         self.rewarder, self.record, self._start = rewarder, record, start
         self.update, self._init = trainer.step, trainer.init_from
-        model = run.model()
-        trie = build_trie(run.ids.leaf_sids, run.ids.codebook_size) if cfg.masked else None
-
-        def draw(step, variables, batch: Batch, user):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 2)
-            keys = jax.vmap(lambda user: jax.random.fold_in(key, user))(user)
-            return rollout(model, variables, batch, keys, cfg=cfg, trie=trie)
-
-        self.draw = jax.jit(on_mesh(draw, self.mesh))
+        self.draw, self.queued = make_draw(run, cfg, self.mesh, seed), queued
+        self._step: int | None = None
 
     def init(self, seed: int) -> TrainState:
         """The pretrained policy, its own sampler, with an optimizer that has seen nothing."""
@@ -187,12 +211,9 @@ class PolicyTrainer:
 
     def step(self, state: TrainState, batch: PolicyBatch) -> tuple[TrainState, dict]:
         """As `policy_step`, with the metrics of `Rewarder`."""
-        drawn_here = self.draw(state.step, state.sampler, batch.rl, batch.user)
-        drawn, user, position, step = jax.device_get(
-            (drawn_here, batch.user, batch.position, state.step)
-        )
+        drawn_here, drawn, user, position, step, about = self._draw(state, batch)
         item, parts, found = self.rewarder(user, position, drawn)
-        self.record(int(step) + 1, batch, drawn, item, parts)
+        self.record(step + 1, batch, drawn, item, parts)
         batch = batch.replace(
             sid=drawn_here.sid,
             logp=drawn_here.logp,
@@ -200,4 +221,19 @@ class PolicyTrainer:
             **put_batch(parts, self.mesh),
         )
         state, metrics = self.update(state, batch)
-        return state, metrics | found
+        self._step = step + 1
+        return state, metrics | found | about
+
+    def _draw(self, state: TrainState, batch: PolicyBatch):
+        """The rollouts on the devices and here, users and positions, the step, and metrics."""
+        if self.queued is None:
+            drawn_here = self.draw(state.step, state.sampler, batch.rl, batch.user)
+            drawn, user, position, step = jax.device_get(
+                (drawn_here, batch.user, batch.position, state.step)
+            )
+            return drawn_here, drawn, user, position, int(step), {}
+        # Counted here: asking the state would wait for the update that is still being computed.
+        step = int(state.step) if self._step is None else self._step
+        drawn, about = self.queued(step, state.sampler)
+        user, position = jax.device_get((batch.user, batch.position))
+        return put_batch(drawn, self.mesh), drawn, user, position, step, about

@@ -11,6 +11,7 @@ go unnoticed: the note holds a digest of every leaf, made and checked on the dev
 
 import pathlib
 import threading
+import zlib
 from typing import Any
 
 import jax
@@ -166,7 +167,8 @@ class Checkpoints:
             raise InputError(f"{self.folder} holds no checkpoint: run experiments.pretrain first")
         try:
             with quiet():
-                _check_shapes(self, step, abstract["model"])
+                stored = self._checkpointer.checkpointables_metadata(step).metadata["model"]
+                _check_shapes(stored, self.folder, abstract["model"])
                 loaded = self._checkpointer.load_checkpointables(step, abstract)
                 _check_digests(loaded, self._note(step).get(DIGESTS, {}))
                 return loaded
@@ -185,6 +187,44 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._checkpointer.close()
+
+
+def save_model(folder: pathlib.Path, variables: dict) -> None:
+    """Writes `params` and `router` alone, for other processes; `folder` appears once whole."""
+    with quiet(), _context():
+        ocp.save_checkpointables(
+            pathlib.Path(folder).absolute(),
+            {"model": variables},
+            overwrite=True,
+            custom_metadata={DIGESTS: {"model": _digests(variables)}},
+        )
+
+
+def load_model(folder: pathlib.Path, abstract_variables) -> dict:
+    """What `save_model` has written, onto the shardings of `abstract_variables`.
+
+    Raises:
+      InputError: it is of another model, or damaged.
+    """
+    path = pathlib.Path(folder).absolute()
+    try:
+        with quiet():
+            stored = ocp.checkpointables_metadata(path)
+            _check_shapes(stored.metadata["model"], folder, abstract_variables)
+            loaded = ocp.load_checkpointables(path, {"model": abstract_variables})
+            _check_digests(loaded, stored.custom_metadata[DIGESTS])
+            return loaded["model"]
+    except InputError:
+        raise
+    except Exception as error:  # as in `Checkpoints`
+        raise InputError(
+            f"the weights in {folder} cannot be read ({_line(error)}): delete the folder"
+        ) from error
+
+
+def digest(tree) -> int:
+    """A number of 32 bits for the values of a tree; the same on every mesh."""
+    return zlib.crc32(np.array(_digests(tree), "<u4").tobytes())
 
 
 def _line(error: Exception) -> str:
@@ -245,9 +285,8 @@ def _check_digests(loaded: dict, stored: dict) -> None:
                 raise ValueError(f"{item}/{name} differs from what was saved")
 
 
-def _check_shapes(checkpoints: Checkpoints, step, abstract_variables) -> None:
+def _check_shapes(stored, folder: pathlib.Path, abstract_variables) -> None:
     """Orbax's own message on a mismatch names neither the leaf nor the remedy."""
-    stored = checkpoints._checkpointer.checkpointables_metadata(step).metadata["model"]
 
     def shapes(tree):
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -262,7 +301,7 @@ def _check_shapes(checkpoints: Checkpoints, step, abstract_variables) -> None:
     for name in sorted(have | want):
         if have.get(name) != want.get(name):
             raise InputError(
-                f"the checkpoint in {checkpoints.folder} is of another model or codebook "
+                f"the checkpoint in {folder} is of another model or codebook "
                 f"({name}: {have.get(name)} stored, {want.get(name)} expected): "
                 "use the flags it was made with or another --run"
             )

@@ -82,8 +82,15 @@ class Collapsed(InputError):
     """The metrics say that going on would spoil the model."""
 
 
-class _StopSignal:
+class NotStepped(InputError):
+    """A step waited for something from outside and gave up before it began."""
+
+
+class StopSignal:
     """Turns the first Ctrl-C or SIGTERM into a flag; a second one acts at once."""
+
+    received: str | None = None
+    """Name of the signal."""
 
     def __enter__(self):
         self.received = None
@@ -114,6 +121,7 @@ def fit(
     work: Callable[[Batch], Work] | None = None,
     guard: Callable[[dict], str | None] | None = None,
     profile: pathlib.Path | None = None,
+    stop: StopSignal | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[TrainState, Progress]:
     """Trains until the last step or until validation stops rising; resumes by itself.
@@ -128,12 +136,14 @@ def fit(
       work: what a training step on a batch of this process has to do.
       guard: mean metrics since the last row -> why training must stop, or None.
       profile: folder for a trace of PROFILED steps, once everything is compiled.
+      stop: for a trainer whose steps may wait long, and then have to look whether to go on.
       say: prints one line of progress.
 
     Raises:
       Interrupted: after Ctrl-C or SIGTERM, everything saved.
       NonFiniteLoss: names the step and the last good checkpoint.
       Collapsed: the guard objects; names both too.
+      NotStepped: as the step says, everything saved.
     """
     progress = Progress()
     if checkpoints.latest is None:
@@ -180,18 +190,30 @@ def fit(
         note = {"progress": dataclasses.asdict(progress)}
         checkpoints.save(state, note=note, score=score)
 
+    def save_between():
+        """Saves what no validation has, as never the best: it must not be served."""
+        if checkpoints.latest != step:
+            flush()  # what is saved must have been found finite
+            save(float("-inf"))
+
     def finished():
         return step >= cfg.steps or (cfg.patience and progress.waited >= cfg.patience)
 
     metrics: dict = {}
-    with contextlib.ExitStack() as ending, _StopSignal() as stop, tracer:
+    with contextlib.ExitStack() as ending, stop or StopSignal() as stop, tracer:
         ending.callback(checkpoints.wait)
         batches = ending.enter_context(contextlib.closing(stream(step)))
         while not finished():
             batch = next(batches)
             tracer.before(step, metrics)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = trainer.step(state, put_batch(batch, trainer.mesh))
+                try:
+                    state, metrics = trainer.step(state, put_batch(batch, trainer.mesh))
+                except NotStepped as reason:
+                    save_between()
+                    if stop.received:
+                        raise Interrupted(f"{stop.received}: saved step {step}") from None
+                    raise NotStepped(f"{reason}; saved step {step}") from None
             pending.append(metrics)
             step += 1
             clock.tick(cfg.batch_size, work(batch) if work else None, metrics)
@@ -210,10 +232,7 @@ def fit(
                     say(_validation_line(step, result, better, progress, cfg))
                     save(result["score"])
             if stop.received:
-                if not validating:
-                    flush()  # what is saved must have been found finite
-                    # Never the best: an unvalidated step must not be served.
-                    save(float("-inf"))
+                save_between()
                 raise Interrupted(f"{stop.received}: saved step {step}")
     return state, progress
 

@@ -3,6 +3,7 @@
 Blue items are clicked and watched, red ones are not; the log shows both alike.
 """
 
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -16,7 +17,7 @@ import pytest
 from conftest import MODEL_FLAGS, quick_compilation, tree
 from test_train_reward import MODEL
 
-from experiments import evaluate, posttrain, pretrain, recommend, train_reward
+from experiments import evaluate, posttrain, pretrain, recommend, sample, train_reward
 from onerec_jax import cli
 from onerec_jax.data.schema import build_dataset, save_dataset
 from onerec_jax.posttraining.trainer import PolicyStream
@@ -173,10 +174,26 @@ def test_the_result_opens_as_any_run(posted, capfd):
     assert tree(folder) == kept
 
 
-def test_stopped_and_resumed_bit_for_bit(posted, runs, tmp_path, monkeypatch):
-    """Killed between two refreshes of the policy that draws: the checkpoint has its copy."""
+@contextlib.contextmanager
+def samplers(run, queue, count=2):
+    """Other drawers, here threads, until the training has come to its end."""
+    flags = [str(x) for x in (run, "--queue", queue, "--idle-s", 300)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        started = [pool.submit(sample.run_command, flags) for _ in range(count)]
+        yield
+        for one in started:
+            one.result()
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_stopped_and_resumed_bit_for_bit(posted, runs, tmp_path, monkeypatch, queue):
+    """Killed between two refreshes of the policy that draws: the checkpoint has its copy. Other
+    processes draw the same as the trainer."""
     folder, _, _ = posted
-    flags = flags_of(runs, tmp_path / "run")
+    flags, drawers = flags_of(runs, tmp_path / "run"), contextlib.nullcontext()
+    if queue:
+        flags += ["--queue.folder", tmp_path / "queue", "--queue.prefetch", 3]
+        drawers = samplers(tmp_path / "run", tmp_path / "queue")
     whole = PolicyStream.__call__
 
     def breaks(self, step=0):
@@ -187,17 +204,23 @@ def test_stopped_and_resumed_bit_for_bit(posted, runs, tmp_path, monkeypatch):
             yield next(batches)
 
     monkeypatch.setattr(posttrain, "make_validation", no_validation)
-    with monkeypatch.context() as patch:
-        patch.setattr(PolicyStream, "__call__", breaks)
-        with pytest.raises(OSError, match="power"):
-            command(posttrain.run_command, flags)
     monkeypatch.setattr(posttrain, "compare", lambda *_: {"users": 0, "metrics": {}})
     monkeypatch.setattr(evaluate, "evaluate_run", lambda *_: None)
-    assert "resuming at step 12" in command(posttrain.run_command, flags)
+    with drawers:
+        with monkeypatch.context() as patch:
+            patch.setattr(PolicyStream, "__call__", breaks)
+            with pytest.raises(OSError, match="power"):
+                command(posttrain.run_command, flags)
+        assert "resuming at step 12" in command(posttrain.run_command, flags)
     ours, theirs = (
         [row for row in helpers.logged(f / "metrics.jsonl") if "validation" not in row]
         for f in (tmp_path / "run", folder)
     )
+    if queue:
+        # Of rows of four steps, as old as the refreshes of every four make them.
+        assert [row.pop("policy_age") for row in ours] == [1.5] * 6
+        left = [path.name for path in (tmp_path / "queue").rglob("*") if path.is_file()]
+        assert sorted(left) == ["finished", "queue.json"]
     assert ours == theirs
     for step in (16, 24):
         name = f"rollouts/step-{step:07}.parquet"
@@ -230,6 +253,7 @@ def test_flags_that_fit_nothing(posted, runs, tmp_path, refused):
         "--objective fun: ": ["--objective", "fun"],
         "--objective p=1,ctr: ctr has no weight": ["--objective", "p=1,ctr"],
         "--rl-share 0.0": ["--rl-share", 0],
+        "--queue.max-age 2: with --rollout.refresh-every 4 ": ["--queue.max-age", 2],
         "--rsft-drop 1.0": ["--rsft-drop", 1],
         "--train.batch-size 99999": ["--train.batch-size", 99999],
         "no column viral": ["--flagged", "viral"],
@@ -244,6 +268,34 @@ def test_flags_that_fit_nothing(posted, runs, tmp_path, refused):
     assert "seed: 0 there, 5 now" in message
     assert "--out" in message
     assert tree(posted[0]) == before
+
+
+def test_queues_that_fit_nothing(posted, runs, tmp_path, refused):
+    out, queue = tmp_path / "run", tmp_path / "queue"
+    waits = ["--queue.folder", queue, "--queue.timeout-s", 0]
+    message = refused(posttrain.run_command, *flags_of(runs, out, *waits, "--seed", 5))
+    assert "no rollouts for step 0" in message
+    assert f"start `python -m experiments.sample {out} --queue {queue}`" in message
+    assert message.endswith("saved step 0\n")
+    before = tree(queue)
+    assert len([name for name in before if name.startswith("requests/")]) == 3
+
+    cases = {
+        f"{queue} is the queue of another run than {posted[0]} (seed: 5 there, 0 now)": [posted[0]],
+        f"{runs / 'pre'} is no run of experiments.posttrain": [runs / "pre"],
+        f"{tmp_path / 'none'} is no run folder": [tmp_path / "none"],
+        "8 users of a request do not divide over the 3 shares": [out, "--mesh.data", 3],
+        f"no trainer has come to {tmp_path / 'new'} in 0.001 s": [
+            *(out, "--queue", tmp_path / "new", "--idle-s", 0.001)
+        ],
+        f"{runs} exists and is no queue": [out, "--queue", runs],
+        "--lease-s 0.5 must be at least 1": [out, "--lease-s", 0.5],
+    }
+    for message, flags in cases.items():
+        assert message in refused(sample.run_command, "--queue", queue, *flags), message
+        assert tree(queue) == before, message
+    message = refused(posttrain.run_command, *flags_of(runs, tmp_path / "other", *waits))
+    assert f"{queue} is the queue of another run than {tmp_path / 'other'} (seed" in message
 
 
 def test_unfinished_runs(runs, tmp_path, refused):

@@ -126,6 +126,24 @@ def test_the_same_step_can_be_saved_again(opened, mesh):
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
 
 
+def test_a_model_for_others(tmp_path, mesh):
+    """Weights alone, on another mesh; their digest is that of their bits, on every mesh."""
+    state, folder = make_state(mesh, seed=3), tmp_path / "weights"
+    checkpoint.save_model(folder, state.variables)
+    other = make_state(make_mesh(1, 8), seed=9)
+    loaded = checkpoint.load_model(folder, abstract(other.variables))
+    chex.assert_trees_all_equal(jax.device_get(loaded), jax.device_get(state.variables))
+    assert loaded["params"]["heads"].sharding.is_equivalent_to(other.params["heads"].sharding, 3)
+    assert checkpoint.digest(loaded) == checkpoint.digest(state.variables) < 2**32
+    assert checkpoint.digest(other.variables) != checkpoint.digest(loaded)
+
+    wider = make_state(mesh, codebook=7).variables
+    with pytest.raises(InputError, match="of another model or codebook .params/heads: "):
+        checkpoint.load_model(folder, abstract(wider))
+    with pytest.raises(InputError, match="the weights in .* cannot be read"):
+        checkpoint.load_model(tmp_path / "none", abstract(wider))
+
+
 def test_restore_model_reads_only_the_model(opened, mesh):
     state = make_state(mesh, step=10)
     checkpoints = opened()

@@ -17,7 +17,15 @@ import pytest
 from onerec_jax.errors import InputError
 from onerec_jax.sharding import make_mesh, replicated
 from onerec_jax.training.checkpoint import Checkpoints
-from onerec_jax.training.loop import Collapsed, Interrupted, LoopConfig, NonFiniteLoss, Work, fit
+from onerec_jax.training.loop import (
+    Collapsed,
+    Interrupted,
+    LoopConfig,
+    NonFiniteLoss,
+    NotStepped,
+    Work,
+    fit,
+)
 from onerec_jax.training.metrics import MetricsLog
 from onerec_jax.training.step import TrainState
 
@@ -25,7 +33,7 @@ CFG = LoopConfig(batch_size=4, steps=12, log_every=2, validate_every=4, patience
 
 
 class ToyTrainer:
-    """Same surface as `Trainer`; the loss of a step comes from `poison` if it is in there."""
+    """Same surface as `Trainer`; the loss of a step, or an error, comes from `poison`."""
 
     def __init__(self, poison=None):
         self.mesh = make_mesh(data=1)
@@ -46,6 +54,8 @@ class ToyTrainer:
 
     def step(self, state, batch):
         step = int(state.step) + 1
+        if isinstance(error := self.poison.get(step), Exception):
+            raise error
         w = state.params["w"] * 1.1 + jnp.sin(batch.astype(jnp.float32) * step).sum()
         loss = self.poison.get(step, w)
         metrics = {"loss": loss, "loss_level": jnp.stack([w, w]), "grad_norm": jnp.float32(1)}
@@ -305,6 +315,29 @@ def test_an_unvalidated_save_is_never_the_best(tmp_path):
     _, progress = job.go()
     assert progress.best_step == 4
     assert job.kept == {4, 12}
+
+
+@pytest.mark.parametrize(
+    ("at", "signalled"), [(1, False), (3, True), (5, False), (5, True), (12, False)]
+)
+def test_a_step_that_cannot_begin_saves_what_is_done(tmp_path, whole, at, signalled):
+    """At step 5 the fourth has just been validated and saved, and stays as it is."""
+    job = Job(tmp_path / "r", poison={at: NotStepped("nobody came")})
+
+    def interrupt(step):
+        if signalled and step == at:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted if signalled else NotStepped) as stop:
+        job.go(on_batch=interrupt)
+    said = "SIGINT" if signalled else "nobody came;"
+    assert str(stop.value).startswith(said)
+    assert str(stop.value).endswith(f"saved step {at - 1}")
+    assert job.memory.latest == at - 1
+    assert job.memory.steps[at - 1][2] == (0.04 if at == 5 else float("-inf"))
+    job.poison = None
+    state, _ = job.go()
+    assert np.asarray(state.params["w"]) == np.asarray(whole[0].params["w"])
 
 
 def test_a_second_ctrl_c_acts_at_once(tmp_path):
