@@ -1,5 +1,6 @@
 """Eight CPU devices and a persistent compilation cache for every test."""
 
+import gc
 import os
 import pathlib
 
@@ -10,12 +11,17 @@ import jax
 import pytest
 
 # Tests compile far more than they compute: LLVM's optimiser is not worth its time here.
-QUICK = ["--xla_backend_optimization_level=0"]
+# Nor are 32 threads for each module, beside a process on every core.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
     # XLA's older code generator compiles a model in a quarter of the time. It is on its way out,
     # and XLA dies of flags that it does not know.
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+
+# Tracing makes objects by the million, few of them in cycles: at Python's threshold of 700 a tenth
+# of the time of these tests is a search for what nobody holds.
+gc.set_threshold(50_000, 20, 20)
 
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
 
