@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import chex
 import jax
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # Tests compile far more than they compute: LLVM's optimiser is not worth its time here.
 # Nor are 32 threads for each module, beside a process on every core.
@@ -31,6 +32,36 @@ if os.environ["JAX_PLATFORMS"] != "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+FIRST = ("experiments", "training")
+"""Folders of the longest files: one that begins last leaves the other processes idle."""
+
+SHARED_RUN = ("distributed", "evaluate", "pretrain", "recommend", "serve", "train_reward")
+"""Files of `experiments` whose fixture `trained` is a run of half a minute: one process has them
+all, so that it is trained once."""
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        folder = item.path.parent.name
+        return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
+
+class Files(LoadFileScheduling):
+    """A file goes to one process, in the order of collection."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        shared = any(file.endswith(f"experiments/test_{name}.py") for name in SHARED_RUN)
+        return "experiments on one run" if shared else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    config.option.loadscopereorder = False  # not by the number of tests
+    return Files(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
