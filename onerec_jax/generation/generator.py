@@ -84,6 +84,26 @@ class Generated:
     id_ranks: np.ndarray  # int32 [U], rank of the target's ID among the beams
 
 
+@functools.lru_cache(maxsize=8)
+def programs(model: OneRec, mesh):
+    """Compiled search, search of lists, and loss: the same ones for all generators of a model.
+
+    Validation, test and what is shown after it are generators of their own; so are the policy
+    before and after post-training. None of them compiles what another has compiled.
+    """
+    search = jax.jit(on_mesh(functools.partial(beam_search, model), mesh), static_argnames="width")
+    search_lists = jax.jit(
+        on_mesh(functools.partial(session_beam_search, model), mesh),
+        static_argnames=("width", "items"),
+    )
+
+    def loss(variables, batch):
+        # Of M targets all are counted: one, or the items of a list.
+        return ntp_loss(model.apply(variables, batch), batch.target).mean(1)
+
+    return search, search_lists, jax.jit(on_mesh(loss, mesh))
+
+
 class Generator:
     """Compiled generation and loss of one model over one table of semantic IDs at a time."""
 
@@ -102,20 +122,7 @@ class Generator:
         self.mesh, self.model, self.beam_width = mesh, model, beam_width
         self.batch_size = self._divisible(batch_size)
         self.use(ids, tie_order)
-        self._search = jax.jit(
-            on_mesh(functools.partial(beam_search, model), mesh), static_argnames="width"
-        )
-
-        self._search_lists = jax.jit(
-            on_mesh(functools.partial(session_beam_search, model), mesh),
-            static_argnames=("width", "items"),
-        )
-
-        def loss(variables, batch):
-            # Of M targets all are counted: one, or the items of a list.
-            return ntp_loss(model.apply(variables, batch), batch.target).mean(1)
-
-        self._loss = jax.jit(on_mesh(loss, mesh))
+        self._search, self._search_lists, self._loss = programs(model, mesh)
 
     def _divisible(self, users: int) -> int:
         devices = self.mesh.devices.size

@@ -79,6 +79,8 @@ def runs(tmp_path_factory):
     ]
     few = [
         *("--train.steps", 20, "--train.validate-every", 20, "--model.dropout", 0),
+        # The pathways and layers that it is made of are tested with it; here compiling counts.
+        *("--model.decoder-layers", 1, "--model.lifelong-length", 0),
     ]
     with pytest.MonkeyPatch.context() as patch:  # its test and what it shows are tested elsewhere
         for owner, name in TESTS:

@@ -309,12 +309,14 @@ def test_newer_weights_take_over_what_is_compiled(copied):
     first = Recommender.load(copied)
     asked = {"histories": [1, [], 2, 3], "n": 3, "beam_width": WIDTH}
     before = first.recommend(**asked)
+    compiled = first.generator._search._cache_size()
     assert Recommender.load(copied, like=first) is first
     serving_world.save_checkpoint(Run.open(copied), 4, seed=1)
     second = Recommender.load(copied, like=first)
     assert (first.step, second.step) == (3, 4)
     after = second.recommend(**asked)
     assert pairs(after[0]) != pairs(before[0])
-    assert second.generator._search._cache_size() == 1  # one shape, one program
+    assert second.generator._search is first.generator._search
+    assert second.generator._search._cache_size() == compiled  # one shape, one program
     again = first.recommend(**asked)  # still there for its queries
     assert [pairs(listed) for listed in again] == [pairs(listed) for listed in before]
