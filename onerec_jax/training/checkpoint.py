@@ -52,7 +52,6 @@ class Checkpoints:
             with quiet():
                 self._checkpointer = _training.Checkpointer(
                     self.folder.absolute(),
-                    context=_context(),
                     preservation_policy=kept,
                     cleanup_tmp_directories=cleanup,
                 )
@@ -62,6 +61,7 @@ class Checkpoints:
                 "that step's folder"
             ) from error
         self._writing = self._reserving = None
+        self._pinned = _on_gpu()
 
     def reserve(self, state: TrainState) -> None:
         """Does on a GPU what the first save of `state` would keep the training waiting for.
@@ -69,7 +69,7 @@ class Checkpoints:
         Compiles the digests and, in the background, pins the memory of the host that saves are
         copied to: the driver takes longer to pin pages than to fill them.
         """
-        if jax.default_backend() != "gpu":
+        if not _on_gpu():
             return
         items = _items(state)
         for item in items.values():
@@ -83,10 +83,13 @@ class Checkpoints:
 
         def pin():
             held = []  # all at once, then free for the first save
-            for shape, dtype, device in shards:
-                pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-                held.append(jax.device_put(np.empty(shape, dtype), pinned))
-            jax.block_until_ready(held)
+            try:
+                for shape, dtype, device in shards:
+                    pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+                    held.append(jax.device_put(np.empty(shape, dtype), pinned))
+                jax.block_until_ready(held)
+            except jax.errors.JaxRuntimeError:  # more than may be pinned: saves take longer
+                self._pinned = False
 
         self._reserving = threading.Thread(target=pin, daemon=True)
         self._reserving.start()
@@ -110,14 +113,15 @@ class Checkpoints:
         digests = {name: _digests(item) for name, item in items.items()}
         if self._reserving is not None:
             self._reserving.join()
-        self._writing = self._checkpointer.save_checkpointables_async(
-            int(state.step),
-            items,
-            force=True,
-            overwrite=True,
-            metrics={"score": score, "step": int(state.step)},
-            custom_metadata=note | {DIGESTS: digests},
-        )
+        with _context(self._pinned):
+            self._writing = self._checkpointer.save_checkpointables_async(
+                int(state.step),
+                items,
+                force=True,
+                overwrite=True,
+                metrics={"score": score, "step": int(state.step)},
+                custom_metadata=note | {DIGESTS: digests},
+            )
 
     def wait(self) -> None:
         """Until the last save is whole; raises what went wrong with it."""
@@ -191,7 +195,7 @@ class Checkpoints:
 
 def save_model(folder: pathlib.Path, variables: dict) -> None:
     """Writes `params` and `router` alone, for other processes; `folder` appears once whole."""
-    with quiet(), _context():
+    with quiet(), _context(_on_gpu()):
         ocp.save_checkpointables(
             pathlib.Path(folder).absolute(),
             {"model": variables},
@@ -233,13 +237,17 @@ def _line(error: Exception) -> str:
     return (str(cause).splitlines() or [type(cause).__name__])[0][:200]
 
 
-def _context() -> ocp.Context:
-    """Copies from a GPU go through pinned memory, forty times as fast.
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _context(pinned: bool) -> ocp.Context:
+    """Options of a save: copies from a GPU through `pinned` memory are forty times as fast.
 
     Orbax says that this is its default there, and leaves it off (0.12.8).
     """
     context = ocp.Context()
-    context.array.saving.enable_pinned_host_transfer = jax.default_backend() == "gpu"
+    context.array.saving.enable_pinned_host_transfer = pinned
     return context
 
 
