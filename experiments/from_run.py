@@ -8,18 +8,73 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import rich.console
 import rich.table
+import tyro
 
 from experiments import evaluate
 from experiments.pretrain import RUNS
 from onerec_jax import cli
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.files import read_json, write_text
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import USER_AXES, check_mesh, make_mesh
-from onerec_jax.training.loop import Interrupted, Progress
+from onerec_jax.sharding import USER_AXES, MeshConfig, check_mesh, make_mesh
+from onerec_jax.training.loop import Interrupted, LoopConfig, Progress
+
+# ------------------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(frozen=True)
+class FromRunConfig:
+    """Settings of every stage that goes on from a finished run; `optimizer` is each one's own."""
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Finished run to start from; one that this command has made will do."""
+    reward: pathlib.Path
+    """Finished run of the reward for the same data set and semantic IDs."""
+    judge: pathlib.Path | None = None
+    """A second one (trained with --judge), to measure the result by and nothing else."""
+    out: pathlib.Path | None = None
+    """Run folder to write; default: runs/DATA-STAGE-HASH, one for each set of flags."""
+    seed: int = 0
+    train: LoopConfig = LoopConfig(steps=5000, validate_every=500, patience=0)
+    validate_users: int = 500
+    """Users, or session lists, in each validation, drawn once by the seed; 0 = all."""
+    select_by: Literal["reward", "loss"] = "reward"
+    """What the best checkpoint goes by: the mean reward of lists, or the NTP loss."""
+    evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig(baselines=False)
+    mesh: MeshConfig = MeshConfig()
+    deterministic: bool = False
+    """On a GPU: the same bits every time, by slower kernels."""
+
+    def __post_init__(self):
+        require_at_least(self, "", seed=0, validate_users=0)
+
+
+def settings(config: FromRunConfig, kind: type[Run], parent: Run, reward, *apart: str) -> dict:
+    """What the result of every such stage depends on; the mesh may change between sessions.
+
+    Args:
+      kind: names the stage.
+      reward: an opened run.
+      apart: further fields that are left out.
+    """
+    values = dataclasses.asdict(config)
+    for name in ("run", "reward", "judge", "out", "mesh", "evaluation", *apart):
+        del values[name]
+    before = parent.config["settings"]
+    return values | {
+        "stage": kind.stage,
+        "preset": before["preset"],
+        "model": before["model"],
+        "parent": origin(parent),
+        "reward_run": origin(reward),
+    }
+
+
+# --------------------------------------------------------------------------------------- stages
 
 
 def finished(run: Run) -> Run:
@@ -68,6 +123,7 @@ def create(kind: type[Run], out: pathlib.Path | None, values: dict, parent: Run)
       out: the folder; None: one for each set of values.
       values: the settings.
     """
+    values = json.loads(json.dumps(values))
     key = values | {"data": parent.dataset.fingerprint, "semantic_ids": parent.ids.fingerprint}
     folders = {
         part: pathlib.Path(parent.config[part]["folder"])

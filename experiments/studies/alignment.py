@@ -26,6 +26,7 @@ import rich.console
 import rich.table
 import tyro
 
+from experiments.studies.arms import command_line
 from onerec_jax import cli
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.splits import make_split
@@ -229,8 +230,7 @@ def run_command(argv: list[str] | None = None) -> None:
     name = cli.flag_value(argv, "--align") or "small"
     alignment = ALIGNMENT_PRESETS.get(name, ALIGNMENT_PRESETS["small"])
     default = StudyConfig(data=tyro.MISSING, alignment=alignment)
-    prog = "python -m experiments.studies.alignment"
-    cli.run(main, StudyConfig, prog=prog, default=default, argv=argv)
+    command_line(main, StudyConfig, "alignment", default=default, argv=argv)
 
 
 if __name__ == "__main__":

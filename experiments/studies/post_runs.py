@@ -18,8 +18,9 @@ from experiments import posttrain, pretrain, train_reward
 from experiments.from_run import finished
 from experiments.posttrain import PosttrainConfig
 from experiments.studies.arms import run_tasks, trained, world_data
-from experiments.studies.post_config import Changes, StudyConfig, changed
+from experiments.studies.post_config import StudyConfig
 from experiments.studies.post_judge import JudgeConfig, judged, off_policy
+from experiments.studies.study_config import Changes, changed
 from onerec_jax.data.examples import check_batch_size
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.world.response import World
