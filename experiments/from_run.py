@@ -15,13 +15,13 @@ import rich.table
 import tyro
 
 from experiments import evaluate
-from experiments.pretrain import RUNS
+from experiments.stage import RUNS, seconds_of_training
 from onerec_jax import cli
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.files import read_json, write_text
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.sharding import USER_AXES, MeshConfig, check_mesh, make_mesh
-from onerec_jax.training.loop import Interrupted, LoopConfig, Progress
+from onerec_jax.training.loop import LoopConfig, Progress
 
 # ------------------------------------------------------------------------------------- settings
 
@@ -176,14 +176,10 @@ def train_and_compare(
     if path.exists():
         print(f"{run.folder} is finished: showing its comparison")
         return read_json(path)
-    try:
-        _, progress = train()
-    except Interrupted as interrupted:
-        print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
-        raise SystemExit(130) from None
+    seconds = {"train": seconds_of_training(run, train)}
     start = time.perf_counter()
     result = compare()
-    seconds = {"train": progress.seconds, "compare": time.perf_counter() - start}
+    seconds["compare"] = time.perf_counter() - start
     evaluate.evaluate_run(run, evaluation, seconds)
     write_text(path, json.dumps(result, indent=1))
     return result
