@@ -48,7 +48,8 @@ from onerec_jax.run import Run, settings_hash
 from onerec_jax.serving.recommender import Recommender
 from onerec_jax.sharding import MeshConfig, check_mesh, local_mesh, make_mesh
 from onerec_jax.tokenizer import report
-from onerec_jax.tokenizer.build import Files, TokenizerConfig, files_key, tokenize
+from onerec_jax.tokenizer.build import tokenize
+from onerec_jax.tokenizer.config import Files, TokenizerConfig, files_key
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.training.flops import train_flops
 from onerec_jax.training.loop import Work, fit

@@ -14,7 +14,7 @@ from onerec_jax.distributed import DistributedConfig
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.inputs import FeatureConfig, PositiveRule
 from onerec_jax.sharding import MeshConfig
-from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.tokenizer.config import TokenizerConfig
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig
 

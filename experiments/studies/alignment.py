@@ -33,7 +33,8 @@ from onerec_jax.data.splits import make_split
 from onerec_jax.errors import InputError
 from onerec_jax.files import write_text
 from onerec_jax.tokenizer.alignment import ALIGNMENT_PRESETS, AlignmentConfig
-from onerec_jax.tokenizer.build import Files, TokenizerConfig, tokenize
+from onerec_jax.tokenizer.build import tokenize
+from onerec_jax.tokenizer.config import Files, TokenizerConfig
 from onerec_jax.tokenizer.pairs import PairConfig, mine_pairs
 from onerec_jax.tokenizer.report import nearest_rows
 from onerec_jax.tokenizer.text import load_sentence_encoder

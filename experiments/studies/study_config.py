@@ -12,7 +12,7 @@ from onerec_jax.config import PRESETS
 from onerec_jax.data.lifelong import LifelongConfig
 from onerec_jax.data.pipeline import PipelineConfig
 from onerec_jax.errors import InputError, require_at_least
-from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.tokenizer.config import TokenizerConfig
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig
 
