@@ -38,7 +38,7 @@ from experiments.studies.session_judge import (
     run_lists,
     sasrec_lists,
 )
-from experiments.studies.study_config import Changes, changed
+from experiments.studies.study_config import Changes, no_validation, of_arm
 from onerec_jax.data.examples import check_batch_size
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.world.response import World
@@ -164,19 +164,10 @@ def starts_of(config: StudyConfig, arms: Mapping[str, Arm], data, ids) -> list[S
 
 
 def align_config(config: StudyConfig, start: Start, seed: int, changes: Changes):
-    """The alignment of an arm and seed; nothing is chosen by a validation, the last step is what is
-    judged."""
-    values = changed(config.align, changes)
-    values = dataclasses.replace(
-        values,
-        run=start.lists,
-        reward=start.reward,
-        seed=seed,
-        train=dataclasses.replace(values.train, validate_every=values.train.steps, patience=0),
+    """The alignment of an arm and seed, of the session-wise run."""
+    return of_arm(
+        config.align, changes, folder_of(), run=start.lists, reward=start.reward, seed=seed
     )
-    # The folders of the start are named by all that it depends on.
-    name = settings_hash(dataclasses.asdict(values))
-    return dataclasses.replace(values, out=folder_of() / f"arm-{name}-{seed}")
 
 
 def aligned(config: align.AlignConfig) -> Run:
@@ -192,10 +183,7 @@ def aligned(config: align.AlignConfig) -> Run:
     run, mesh = align.open_run(config, parent, reward), make_mesh(data=1)
     tester = align.ListTester(config, run, reward, None, mesh)
 
-    def last_step(variables):
-        return {"loss": 0.0, "score": 0.0}
-
-    align.train(config, parent, run, examples, tester, mesh, last_step)
+    align.train(config, parent, run, examples, tester, mesh, no_validation)
     return run
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tyro
@@ -12,6 +12,7 @@ from onerec_jax.config import PRESETS
 from onerec_jax.data.lifelong import LifelongConfig
 from onerec_jax.data.pipeline import PipelineConfig
 from onerec_jax.errors import InputError, require_at_least
+from onerec_jax.run import settings_hash
 from onerec_jax.tokenizer.config import TokenizerConfig
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig
@@ -98,3 +99,34 @@ def changed(config, changes: Changes):
             values[first] = value
     values |= {name: changed(getattr(config, name), inner) for name, inner in within.items()}
     return dataclasses.replace(config, **values)
+
+
+def of_arm(
+    config,
+    changes: Changes,
+    runs: pathlib.Path,
+    *,
+    run,
+    reward,
+    seed: int,
+    apart: Sequence[str] = (),
+):
+    """The settings of a stage, a `FilledIn`, for an arm and seed.
+
+    Nothing is chosen by a validation: the last step is what is judged.
+
+    Args:
+      runs: the run becomes a folder of it, named by all that it depends on.
+      run, reward: folders of the start, which are so too.
+      apart: fields that the result does not depend on.
+    """
+    values = changed(config, changes)
+    train = dataclasses.replace(values.train, validate_every=values.train.steps, patience=0)
+    values = dataclasses.replace(values, run=run, reward=reward, seed=seed, train=train)
+    named = {k: v for k, v in dataclasses.asdict(values).items() if k not in apart}
+    return dataclasses.replace(values, out=runs / f"arm-{settings_hash(named)}-{seed}")
+
+
+def no_validation(variables) -> dict[str, float]:
+    """In place of a stage's validation, where the last step is what is judged."""
+    return {"loss": 0.0, "score": 0.0}
