@@ -15,12 +15,12 @@ import rich.table
 import tyro
 
 from experiments import evaluate
-from experiments.stage import RUNS, seconds_of_training
+from experiments.stage import RUNS, checked_mesh, seconds_of_training
 from onerec_jax import cli
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.files import read_json, write_text
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import USER_AXES, MeshConfig, check_mesh, make_mesh
+from onerec_jax.sharding import USER_AXES, MeshConfig
 from onerec_jax.training.loop import LoopConfig, Progress
 
 # ------------------------------------------------------------------------------------- settings
@@ -105,14 +105,7 @@ def mesh_of(config, parent: Run):
     """The mesh that a command asks for, checked against the parent's model."""
     if config.deterministic:
         cli.use_deterministic_kernels()
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    check_mesh(
-        mesh,
-        parent.model_config,
-        batch_size=config.train.batch_size,
-        accumulate=config.train.accumulate,
-    )
-    return mesh
+    return checked_mesh(config, parent.model_config)
 
 
 def create(kind: type[Run], out: pathlib.Path | None, values: dict, parent: Run) -> Run:

@@ -22,7 +22,7 @@ from experiments import evaluate, recommend
 from experiments.describe import describe_model
 from experiments.prepare import PrepareConfig, prepare
 from experiments.pretrain_config import DEMO, PretrainConfig, settings
-from experiments.stage import RUNS, seconds_of_training
+from experiments.stage import RUNS, checked_mesh, seconds_of_training
 from experiments.tokenize import say, with_alignment_preset
 from onerec_jax import cli, distributed
 from onerec_jax.config import PRESETS
@@ -46,7 +46,7 @@ from onerec_jax.evaluation.ranking import ranking_metrics
 from onerec_jax.files import read_json, write_text
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.serving.recommender import Recommender
-from onerec_jax.sharding import MeshConfig, check_mesh, local_mesh, make_mesh
+from onerec_jax.sharding import MeshConfig, local_mesh
 from onerec_jax.tokenizer import report
 from onerec_jax.tokenizer.build import tokenize
 from onerec_jax.tokenizer.config import Files, TokenizerConfig, files_key
@@ -345,13 +345,7 @@ def main(config: PretrainConfig) -> None:
 
 def run_stages(config: PretrainConfig) -> None:
     """All but the description; in every process of a distributed run."""
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    check_mesh(
-        mesh,
-        config.model,
-        batch_size=config.train.batch_size,
-        accumulate=config.train.accumulate,
-    )
+    mesh = checked_mesh(config, config.model)
     seconds, start = {}, time.perf_counter()
     data_folder = first_then_all(lambda: find_data(config))
     dataset = load_dataset(data_folder)

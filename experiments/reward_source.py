@@ -14,7 +14,7 @@ import rich.console
 import rich.table
 
 from experiments.evaluate import PACKAGES
-from experiments.stage import RUNS, seconds_of_training
+from experiments.stage import RUNS, checked_mesh, seconds_of_training
 from onerec_jax import cli
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.exposures import has_exposures
@@ -28,7 +28,7 @@ from onerec_jax.inputs import FeatureConfig, FeatureSpec, PositiveRule
 from onerec_jax.models.onerec import resolve_dtype
 from onerec_jax.reward_run import ExposureRun
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh
+from onerec_jax.sharding import MeshConfig
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig
@@ -270,9 +270,8 @@ def run_stages(
     """
     if config.deterministic:
         cli.use_deterministic_kernels()
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     sizes = ModelConfig(d_model=config.model.d_model, num_heads=config.model.num_heads)
-    check_mesh(mesh, sizes, batch_size=config.train.batch_size)
+    mesh = checked_mesh(config, sizes)
     run = open_run(config, find_source(config))
     path = run.folder / "report.json"
     result = read_json(path) if path.exists() else None
