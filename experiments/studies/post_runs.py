@@ -138,10 +138,6 @@ def train_policy(config: pretrain.PretrainConfig) -> None:
 
 def arm_config(config: StudyConfig, start: Start, seed: int, changes: Changes) -> PosttrainConfig:
     """The post-training of an arm and seed."""
-    return of_arm(
-        config.post, changes, folder_of(), run=start.policy, reward=start.reward, seed=seed
-    )
-    """The post-training of an arm and seed."""
     start_of = {"run": start.policy, "reward": start.reward, "seed": seed}
     # Who draws is not what is drawn.
     return of_arm(config.post, changes, folder_of(), apart=("queue",), **start_of)
