@@ -23,7 +23,7 @@ import rich.table
 from onerec_jax import cli
 from onerec_jax.files import write_text
 from onerec_jax.sharding import make_mesh
-from onerec_jax.tokenizer.kmeans import Points, assign, default_chunk
+from onerec_jax.tokenizer.nearest import Points, assign, default_chunk
 from onerec_jax.tokenizer.rq_kmeans import KMeansConfig, fit_rq_kmeans
 
 PEAK_PRODUCT = 8192

@@ -13,20 +13,19 @@ a run folder as of pretraining.
 """
 
 import dataclasses
-import json
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
 import numpy as np
 import tyro
 
-from experiments import evaluate
+from experiments import evaluate, from_run
 from experiments.from_run import (
+    FromRunConfig,
     create,
     finished,
     mesh_of,
-    origin,
     rollout_users,
     show,
     train_and_compare,
@@ -46,8 +45,8 @@ from onerec_jax.posttraining.step import init_policy_state
 from onerec_jax.posttraining.trainer import PolicyStream
 from onerec_jax.run import Run
 from onerec_jax.session_reward_run import SessionRewardRun, open_session_reward
-from onerec_jax.sharding import MeshConfig, replicated
-from onerec_jax.training.loop import LoopConfig, fit
+from onerec_jax.sharding import replicated
+from onerec_jax.training.loop import fit
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
@@ -84,18 +83,12 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AlignConfig:
-    """Align a model of lists with a session reward, and compare before with after."""
+class AlignConfig(FromRunConfig):
+    """Align a model of lists, of pretrain --targets sessions, with a session reward, and compare
+    before with after."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
-    """Finished run on session lists to start from, M_t; one that is itself aligned will do."""
     reward: pathlib.Path
     """Finished run of experiments.train_session_reward for the same data set and semantic IDs."""
-    judge: pathlib.Path | None = None
-    """A second one (train_session_reward --judge), to measure the result by and nothing else."""
-    out: pathlib.Path | None = None
-    """Run folder to write; default: runs/DATA-align-HASH, one for each set of flags."""
-    seed: int = 0
     preference: Annotated[PreferenceConfig, tyro.conf.arg(name="")] = PreferenceConfig()
     preference_weight: float = 1.0
     """lambda, of the preference loss beside next-token prediction; the paper does not print it."""
@@ -109,7 +102,6 @@ class AlignConfig:
     """Steps of an iteration, after which the model becomes sampler and reference; 0: never, plain
     DPO against the model to start from."""
     beams: BeamConfig = BeamConfig()
-    train: LoopConfig = LoopConfig(steps=5000, validate_every=500, patience=0)
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=2e-4, warmup_steps=100, decay="constant"
     )
@@ -117,19 +109,12 @@ class AlignConfig:
     guard: GuardConfig = GuardConfig()
     keep_pairs: int = 100
     """Every so many steps all that was drawn is written to pairs/; 0: never."""
-    validate_users: int = 500
-    """Lists in each validation, drawn once by the seed; 0 = all."""
     lists: int = 16
     """Lists a user that validation and comparison judge, by beam search."""
-    select_by: Literal["reward", "loss"] = "reward"
-    """What the best checkpoint goes by: the mean reward of lists, or the NTP loss."""
-    evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig(baselines=False)
-    mesh: MeshConfig = MeshConfig()
-    deterministic: bool = False
-    """On a GPU: the same bits every time, by slower kernels."""
 
     def __post_init__(self):
-        require_at_least(self, "", seed=0, keep_pairs=0, validate_users=0, lists=1)
+        super().__post_init__()
+        require_at_least(self, "", keep_pairs=0, lists=1)
         if not 0 < self.dpo_share <= 1:
             raise InputError(f"--dpo-share {self.dpo_share} must be above 0, at most 1")
         if self.beams.width <= self.preference.rejected:
@@ -151,18 +136,10 @@ class AlignRun(Run):
 
 
 def settings(config: AlignConfig, parent: Run, reward: SessionRewardRun) -> dict:
-    """All that the result depends on, as JSON; the mesh may change between sessions."""
-    values = dataclasses.asdict(config)
-    for name in ("run", "reward", "judge", "out", "mesh", "evaluation"):
-        del values[name]
+    """All that the result depends on; the mesh may change between sessions."""
     before = parent.config["settings"]
-    values |= {name: before[name] for name in ("preset", "model", "targets", "sessions")}
-    values |= {
-        "stage": AlignRun.stage,
-        "parent": origin(parent),
-        "reward_run": origin(reward),
-    }
-    return json.loads(json.dumps(values))
+    values = from_run.settings(config, AlignRun, parent, reward)
+    return values | {name: before[name] for name in ("targets", "sessions")}
 
 
 # --------------------------------------------------------------------------------------- stages

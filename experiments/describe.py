@@ -9,7 +9,7 @@ import rich.table
 from onerec_jax.config import ModelConfig
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import MeshConfig
-from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.tokenizer.config import TokenizerConfig
 from onerec_jax.training.flops import (
     VOCABULARIES,
     abstract_batch,

@@ -8,18 +8,73 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import rich.console
 import rich.table
+import tyro
 
 from experiments import evaluate
-from experiments.pretrain import RUNS
+from experiments.stage import RUNS, checked_mesh, seconds_of_training
 from onerec_jax import cli
-from onerec_jax.errors import InputError
+from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.files import read_json, write_text
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import USER_AXES, check_mesh, make_mesh
-from onerec_jax.training.loop import Interrupted, Progress
+from onerec_jax.sharding import USER_AXES, MeshConfig
+from onerec_jax.training.loop import LoopConfig, Progress
+
+# ------------------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(frozen=True)
+class FromRunConfig:
+    """Settings of every stage that goes on from a finished run; `optimizer` is each one's own."""
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Finished run to start from; one that this command has made will do."""
+    reward: pathlib.Path
+    """Finished run of the reward for the same data set and semantic IDs."""
+    judge: pathlib.Path | None = None
+    """A second one (trained with --judge), to measure the result by and nothing else."""
+    out: pathlib.Path | None = None
+    """Run folder to write; default: runs/DATA-STAGE-HASH, one for each set of flags."""
+    seed: int = 0
+    train: LoopConfig = LoopConfig(steps=5000, validate_every=500, patience=0)
+    validate_users: int = 500
+    """Users, or session lists, in each validation, drawn once by the seed; 0 = all."""
+    select_by: Literal["reward", "loss"] = "reward"
+    """What the best checkpoint goes by: the mean reward of lists, or the NTP loss."""
+    evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig(baselines=False)
+    mesh: MeshConfig = MeshConfig()
+    deterministic: bool = False
+    """On a GPU: the same bits every time, by slower kernels."""
+
+    def __post_init__(self):
+        require_at_least(self, "", seed=0, validate_users=0)
+
+
+def settings(config: FromRunConfig, kind: type[Run], parent: Run, reward, *apart: str) -> dict:
+    """What the result of every such stage depends on; the mesh may change between sessions.
+
+    Args:
+      kind: names the stage.
+      reward: an opened run.
+      apart: further fields that are left out.
+    """
+    values = dataclasses.asdict(config)
+    for name in ("run", "reward", "judge", "out", "mesh", "evaluation", *apart):
+        del values[name]
+    before = parent.config["settings"]
+    return values | {
+        "stage": kind.stage,
+        "preset": before["preset"],
+        "model": before["model"],
+        "parent": origin(parent),
+        "reward_run": origin(reward),
+    }
+
+
+# --------------------------------------------------------------------------------------- stages
 
 
 def finished(run: Run) -> Run:
@@ -50,14 +105,7 @@ def mesh_of(config, parent: Run):
     """The mesh that a command asks for, checked against the parent's model."""
     if config.deterministic:
         cli.use_deterministic_kernels()
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    check_mesh(
-        mesh,
-        parent.model_config,
-        batch_size=config.train.batch_size,
-        accumulate=config.train.accumulate,
-    )
-    return mesh
+    return checked_mesh(config, parent.model_config)
 
 
 def create(kind: type[Run], out: pathlib.Path | None, values: dict, parent: Run) -> Run:
@@ -68,6 +116,7 @@ def create(kind: type[Run], out: pathlib.Path | None, values: dict, parent: Run)
       out: the folder; None: one for each set of values.
       values: the settings.
     """
+    values = json.loads(json.dumps(values))
     key = values | {"data": parent.dataset.fingerprint, "semantic_ids": parent.ids.fingerprint}
     folders = {
         part: pathlib.Path(parent.config[part]["folder"])
@@ -120,14 +169,10 @@ def train_and_compare(
     if path.exists():
         print(f"{run.folder} is finished: showing its comparison")
         return read_json(path)
-    try:
-        _, progress = train()
-    except Interrupted as interrupted:
-        print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
-        raise SystemExit(130) from None
+    seconds = {"train": seconds_of_training(run, train)}
     start = time.perf_counter()
     result = compare()
-    seconds = {"train": progress.seconds, "compare": time.perf_counter() - start}
+    seconds["compare"] = time.perf_counter() - start
     evaluate.evaluate_run(run, evaluation, seconds)
     write_text(path, json.dumps(result, indent=1))
     return result

@@ -10,19 +10,16 @@ as of pretraining.
 """
 
 import dataclasses
-import json
 import pathlib
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 
-from experiments import evaluate, sample
+from experiments import evaluate, from_run, sample
 from experiments.from_run import (
+    FromRunConfig,
     create,
     finished,
     mesh_of,
-    origin,
     rollout_users,
     show,
     train_and_compare,
@@ -50,8 +47,8 @@ from onerec_jax.reward_run import RewardRun, open_reward
 from onerec_jax.rewards.industrial import IndustrialConfig, flagged_items
 from onerec_jax.rewards.objective import parse_objective, weighted_score
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import MeshConfig, make_mesh
-from onerec_jax.training.loop import LoopConfig, StopSignal, fit
+from onerec_jax.sharding import make_mesh
+from onerec_jax.training.loop import StopSignal, fit
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.step import Trainer
 
@@ -85,18 +82,11 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PosttrainConfig:
+class PosttrainConfig(FromRunConfig):
     """Post-train a run on the rewards of another, and compare before with after."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
-    """Finished run to start from; one that is itself post-trained will do."""
     reward: pathlib.Path
     """Finished run of experiments.train_reward for the same data set and semantic IDs."""
-    judge: pathlib.Path | None = None
-    """A second reward run (train_reward --judge), to measure the result by and nothing else."""
-    out: pathlib.Path | None = None
-    """Run folder to write; default: runs/DATA-posttrain-HASH, one for each set of flags."""
-    seed: int = 0
     objective: str = "p"
     """What is rewarded: p, the preference score; one of the reward's objectives, such as vtr; or
     a sum of them weighted by hand, such as ctr=1,lvtr=2,ltr=5."""
@@ -113,7 +103,6 @@ class PosttrainConfig:
     """Items whose rewards are cut while they are too many (SIR): a column of the items table such
     as viral_farm, or a file with one item id a line."""
     industrial: IndustrialConfig = IndustrialConfig()
-    train: LoopConfig = LoopConfig(steps=5000, validate_every=500, patience=0)
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=8e-5, warmup_steps=100, decay="constant"
     )
@@ -123,23 +112,14 @@ class PosttrainConfig:
     guard: GuardConfig = GuardConfig()
     keep_rollouts: int = 100
     """Every so many steps all that was drawn is written to rollouts/; 0: never."""
-    validate_users: int = 500
-    """Users in each validation, drawn once by the seed; 0 = all."""
     validate_beam_width: int = 64
     list_length: int = 10
     """Items of the lists that validation and comparison score."""
-    select_by: Literal["reward", "loss"] = "reward"
-    """What the best checkpoint goes by: the mean reward of lists, or the NTP loss."""
-    evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig(baselines=False)
-    mesh: MeshConfig = MeshConfig()
-    deterministic: bool = False
-    """On a GPU: the same bits every time, by slower kernels."""
 
     def __post_init__(self):
-        require_at_least(
-            self, "", seed=0, keep_rollouts=0, validate_users=0, validate_beam_width=1,
-            list_length=1, sparse_learning_rate=0,
-        )  # fmt: skip
+        super().__post_init__()
+        require_at_least(self, "", keep_rollouts=0, validate_beam_width=1, list_length=1)
+        require_at_least(self, "", sparse_learning_rate=0)
         for name in ("rl_share", "rsft_drop"):
             value, flag = getattr(self, name), name.replace("_", "-")
             if not (0 <= value <= 1) or value == (0 if name == "rl_share" else 1):
@@ -170,24 +150,16 @@ class PosttrainRun(Run):
 
 
 def settings(config: PosttrainConfig, parent: Run, reward: RewardRun, flagged) -> dict:
-    """All that the result depends on, as JSON; the mesh may change between sessions."""
-    values = dataclasses.asdict(config)
-    for name in ("run", "reward", "judge", "out", "mesh", "evaluation", "flagged", "queue"):
-        del values[name]
+    """All that the result depends on; the mesh may change between sessions."""
+    values = from_run.settings(config, PosttrainRun, parent, reward, "flagged", "queue")
     if schedule := config.queue.schedule(config.rollout.refresh_every):
         values["queue"] = schedule
-    before = parent.config["settings"]
     rows = None if flagged is None else np.flatnonzero(flagged).tolist()
-    values |= {
-        "stage": PosttrainRun.stage,
-        "preset": before["preset"],
-        "model": before["model"],
-        "targets": before.get("targets", "all"),
-        "parent": origin(parent),
-        "reward_run": origin(reward) | {"fusion": reward.fusion},
+    return values | {
+        "targets": parent.config["settings"].get("targets", "all"),
+        "reward_run": values["reward_run"] | {"fusion": reward.fusion},
         "flagged": rows and settings_hash({"rows": rows}),
     }
-    return json.loads(json.dumps(values))
 
 
 # --------------------------------------------------------------------------------------- stages

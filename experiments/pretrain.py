@@ -14,7 +14,6 @@ import pathlib
 import shlex
 import sys
 import time
-from typing import Literal
 
 import jax
 import numpy as np
@@ -22,9 +21,11 @@ import numpy as np
 from experiments import evaluate, recommend
 from experiments.describe import describe_model
 from experiments.prepare import PrepareConfig, prepare
+from experiments.pretrain_config import DEMO, PretrainConfig, settings
+from experiments.stage import RUNS, checked_mesh, seconds_of_training
 from experiments.tokenize import say, with_alignment_preset
 from onerec_jax import cli, distributed
-from onerec_jax.config import PRESETS, ModelConfig
+from onerec_jax.config import PRESETS
 from onerec_jax.data.compress import compress
 from onerec_jax.data.examples import (
     Examples,
@@ -33,124 +34,28 @@ from onerec_jax.data.examples import (
     train_examples,
 )
 from onerec_jax.data.features import build_feature_spec, positive_actions
-from onerec_jax.data.lifelong import LifelongConfig, Snapshots
+from onerec_jax.data.lifelong import Snapshots
 from onerec_jax.data.mapped import MappedBatches, write_mapped
-from onerec_jax.data.pipeline import PipelineConfig, TrainStream
+from onerec_jax.data.pipeline import TrainStream
 from onerec_jax.data.schema import Dataset, load_dataset
-from onerec_jax.data.session_lists import SessionRule, session_examples
+from onerec_jax.data.session_lists import session_examples
 from onerec_jax.data.splits import make_split
-from onerec_jax.distributed import DistributedConfig, first_then_all
-from onerec_jax.errors import InputError, require_at_least
+from onerec_jax.distributed import first_then_all
+from onerec_jax.errors import InputError
 from onerec_jax.evaluation.ranking import ranking_metrics
 from onerec_jax.files import read_json, write_text
-from onerec_jax.inputs import FeatureConfig, PositiveRule
 from onerec_jax.run import Run, settings_hash
 from onerec_jax.serving.recommender import Recommender
-from onerec_jax.sharding import MeshConfig, check_mesh, local_mesh, make_mesh
+from onerec_jax.sharding import MeshConfig, local_mesh
 from onerec_jax.tokenizer import report
-from onerec_jax.tokenizer.build import Files, TokenizerConfig, files_key, tokenize
+from onerec_jax.tokenizer.build import tokenize
+from onerec_jax.tokenizer.config import Files, TokenizerConfig, files_key
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.training.flops import train_flops
-from onerec_jax.training.loop import Interrupted, LoopConfig, Work, fit
+from onerec_jax.training.loop import Work, fit
 from onerec_jax.training.memory import check_fits, device_limit, step_memory
-from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
+from onerec_jax.training.optimizer import make_optimizer
 from onerec_jax.training.step import Trainer
-
-# ------------------------------------------------------------------------------------- settings
-
-RUNS = pathlib.Path("runs")
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Pretrain OneRec on a data set, test it and show recommendations."""
-
-    preset: str = "tiny"
-    """Model sizes to start from; --model flags change single fields."""
-    data: pathlib.Path | None = None
-    """Data set folder from experiments.prepare; default: MovieLens latest-small."""
-    semantic_ids: pathlib.Path | None = None
-    """Folder from experiments.tokenize; default: made with the --tokenizer flags."""
-    vectors: pathlib.Path | None = None
-    """Item vectors for the semantic IDs, .npy or .parquet; default: from the item text."""
-    tokens: pathlib.Path | None = None
-    """Several vectors an item for the semantic IDs, .npz; see experiments.tokenize."""
-    pairs: pathlib.Path | None = None
-    """Item pairs to align the semantic IDs by, .parquet; default: mined from the data set."""
-    run: pathlib.Path | None = None
-    """Run folder; default: runs/DATA-PRESET-HASH, one for each set of flags."""
-    seed: int = 0
-    model: ModelConfig = PRESETS["tiny"]
-    train: LoopConfig = LoopConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    positive: PositiveRule = PositiveRule()
-    features: FeatureConfig = FeatureConfig()
-    lifelong: pathlib.Path | None = None
-    """Compressed lives from experiments.compress; default: made with the --compression flags from
-    the semantic IDs' own vectors, where some life is longer than --model.lifelong-length."""
-    compression: LifelongConfig = LifelongConfig()
-    """Of lives made here; the most clusters are --model.lifelong-length."""
-    targets: Literal["all", "positive", "sessions"] = "all"
-    """What to predict, in training and test: all actions, as the report has it, or positive
-    feedback; or lists of items as good sessions were (OneRec V0), tested on the next action."""
-    sessions: SessionRule = SessionRule()
-    """Of --targets sessions."""
-    pipeline: PipelineConfig = PipelineConfig()
-    evaluation: evaluate.EvaluationConfig = evaluate.EvaluationConfig()
-    validate_users: int = 2000
-    """Users, or session lists, in each validation, drawn once by the seed; 0 = all."""
-    validate_beam_width: int = 20
-    select_by: Literal["loss", "ndcg@10"] = "loss"
-    """What the best checkpoint and the early stop go by. With few validation users the loss is the
-    steadier of the two: NDCG@10 of 671 users has a standard error of 0.005."""
-    mesh: MeshConfig = MeshConfig()
-    distributed: bool = False
-    """Run as one of several processes; see docs/scaling.md."""
-    cluster: DistributedConfig = DistributedConfig()
-    deterministic: bool = False
-    """On a GPU: the same bits every time, by slower kernels."""
-    profile: pathlib.Path | None = None
-    """Folder for a profiler trace of three steps, to be opened with xprof or Perfetto."""
-    describe: bool = False
-    """Print parameters and FLOPs by part and memory a device, and stop."""
-
-    def __post_init__(self):
-        require_at_least(self, "", seed=0, validate_users=0, validate_beam_width=1)
-        items = self.sessions.items if self.targets == "sessions" else 1
-        if self.model.session_items not in (1, items):
-            raise InputError(
-                f"--model.session-items {self.model.session_items}: leave it out, it follows from "
-                "--targets sessions and --sessions.items"
-            )
-        model = dataclasses.replace(self.model, session_items=items)
-        object.__setattr__(self, "model", model)
-
-
-DEMO = {
-    # A budget for two CPU cores: about three passes over MovieLens latest-small. Smaller data sets
-    # stop early, larger ones want more steps.
-    "train": LoopConfig(batch_size=64, steps=5000, log_every=250, validate_every=1000),
-    "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
-    # Most users of MovieLens rated all their films on one day.
-    "compression": LifelongConfig(chunk_actions=16),
-}
-"""What the `tiny` preset changes in the training defaults, which are meant for real sizes."""
-
-
-def settings(config: PretrainConfig) -> dict:
-    """All that the result depends on, as JSON; the mesh may change between sessions."""
-    values = dataclasses.asdict(config)
-    apart = ("run", "mesh", "distributed", "cluster", "describe", "profile", "evaluation", "data")
-    # How IDs and lives were made matters through their fingerprints, which are part of the run.
-    made = ("semantic_ids", "vectors", "tokens", "pairs", "tokenizer", "lifelong", "compression")
-    for name in apart + made:
-        del values[name]
-    del values["pipeline"]["workers"]
-    if config.targets != "sessions":
-        del values["sessions"]
-    return json.loads(json.dumps(values))
-
 
 # --------------------------------------------------------------------------------------- stages
 
@@ -440,13 +345,7 @@ def main(config: PretrainConfig) -> None:
 
 def run_stages(config: PretrainConfig) -> None:
     """All but the description; in every process of a distributed run."""
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    check_mesh(
-        mesh,
-        config.model,
-        batch_size=config.train.batch_size,
-        accumulate=config.train.accumulate,
-    )
+    mesh = checked_mesh(config, config.model)
     seconds, start = {}, time.perf_counter()
     data_folder = first_then_all(lambda: find_data(config))
     dataset = load_dataset(data_folder)
@@ -469,16 +368,11 @@ def run_stages(config: PretrainConfig) -> None:
     if result is not None:
         print(f"{run.folder} is finished: showing its report")
     else:
-        try:
-            _, progress = train(config, run, mesh)
-        except Interrupted as interrupted:
-            print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
-            raise SystemExit(130) from None
+        seconds["train"] = seconds_of_training(run, lambda: train(config, run, mesh))
         if jax.process_count() > 1:
             run.checkpoints.close()
             print(f"trained; test it with one process: python -m experiments.evaluate {run.folder}")
             return
-        seconds["train"] = progress.seconds
         result = evaluate.evaluate_run(run, config.evaluation, seconds)
     evaluate.show(result)
     show_recommendations(config, run)

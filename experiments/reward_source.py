@@ -7,12 +7,14 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import rich.console
 import rich.table
 
 from experiments.evaluate import PACKAGES
-from experiments.pretrain import RUNS
+from experiments.stage import RUNS, checked_mesh, seconds_of_training
 from onerec_jax import cli
 from onerec_jax.config import ModelConfig
 from onerec_jax.data.exposures import has_exposures
@@ -20,13 +22,15 @@ from onerec_jax.data.features import build_feature_spec, positive_actions
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.splits import Split, make_split
 from onerec_jax.errors import InputError, require_at_least
-from onerec_jax.files import read_json
+from onerec_jax.evaluation import reward_report
+from onerec_jax.files import read_json, write_text
 from onerec_jax.inputs import FeatureConfig, FeatureSpec, PositiveRule
+from onerec_jax.models.onerec import resolve_dtype
 from onerec_jax.reward_run import ExposureRun
 from onerec_jax.run import Run, settings_hash
-from onerec_jax.sharding import MeshConfig, check_mesh, make_mesh
+from onerec_jax.sharding import MeshConfig
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
-from onerec_jax.training.loop import Interrupted, LoopConfig
+from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig
 
 # ------------------------------------------------------------------------------------- settings
@@ -92,6 +96,19 @@ class RewardSourceConfig:
         if self.judge:
             return "judge"
         return "reward" if self.judge_share else "all"
+
+
+JUDGE_MODEL: dict[str, Any] = {
+    "d_model": 48,
+    "num_heads": 3,
+    "history_length": 128,
+    "top_k": 16,
+    "recent_length": 16,
+    "shared_dims": (128, 64),
+}
+"""What --judge changes in the defaults of --model, for either reward."""
+JUDGE_SEED = 1
+"""Its default for --seed."""
 
 
 # --------------------------------------------------------------------------------------- stages
@@ -189,6 +206,22 @@ def check_batch_size(config: RewardSourceConfig, number: int, what: str) -> None
         )
 
 
+def about(run: ExposureRun, variables) -> dict:
+    """What the report of every reward begins with."""
+    return {
+        "command": run.config["command"],
+        "dataset": {"name": run.dataset.name, **run.dataset.counts},
+        "notes": notes(run),
+        "share": run.config["settings"]["share"],
+        "objectives": list(run.objectives),
+        "model": {
+            "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
+            "best_step": run.best_step,
+            "compute_dtype": resolve_dtype(run.model_config.compute_dtype).name,
+        },
+    }
+
+
 def notes(run: ExposureRun) -> list[str]:
     """What a reader has to know of the data."""
     if has_exposures(run.dataset):
@@ -200,8 +233,14 @@ def notes(run: ExposureRun) -> list[str]:
     ]
 
 
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+def write_report(run: ExposureRun, result: dict, markdown: Callable[[dict], str]) -> dict:
+    """Completes a report and writes report.json, report.md and plots."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    result = reward_report.without_nan(result | {"versions": versions})
+    result["plots"] = reward_report.draw_plots(run.folder, result, run.metrics.read())
+    write_text(run.folder / "report.md", markdown(result))
+    write_text(run.folder / "report.json", json.dumps(result, indent=1))
+    return result
 
 
 def show_tables(notes: list[str], tables: dict) -> None:
@@ -231,20 +270,26 @@ def run_stages(
     """
     if config.deterministic:
         cli.use_deterministic_kernels()
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     sizes = ModelConfig(d_model=config.model.d_model, num_heads=config.model.num_heads)
-    check_mesh(mesh, sizes, batch_size=config.train.batch_size)
+    mesh = checked_mesh(config, sizes)
     run = open_run(config, find_source(config))
     path = run.folder / "report.json"
     result = read_json(path) if path.exists() else None
     if result is not None and result["evaluation"] == dataclasses.asdict(config.evaluation):
         print(f"{run.folder} is finished: showing its report")
     else:
-        try:
-            _, progress = train(config, run, mesh)
-        except Interrupted as interrupted:
-            print(f"{interrupted}; the same command goes on from there: {run.config['command']}")
-            raise SystemExit(130) from None
-        result = evaluate(config, run, {"train": progress.seconds})
+        seconds = {"train": seconds_of_training(run, lambda: train(config, run, mesh))}
+        result = evaluate(config, run, seconds)
     show(result)
     print(f"\neverything lies in {run.folder}: report.md, report.json, plots, checkpoints")
+
+
+def command_line(main, config_type: type, judge: dict, name: str, argv: list[str] | None) -> None:
+    """The command line of the stage `name`.
+
+    Args:
+      judge: what --judge changes in the defaults.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    default = config_type(**(judge if "--judge" in argv else {}))
+    cli.run(main, config_type, prog=f"python -m experiments.{name}", default=default, argv=argv)

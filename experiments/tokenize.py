@@ -22,7 +22,8 @@ from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer import report
 from onerec_jax.tokenizer.alignment import ALIGNMENT_PRESETS
-from onerec_jax.tokenizer.build import Files, Tokenizer, TokenizerConfig, extend, tokenize
+from onerec_jax.tokenizer.build import Tokenizer, extend, tokenize
+from onerec_jax.tokenizer.config import Files, TokenizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

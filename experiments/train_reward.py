@@ -10,8 +10,6 @@ a finished one is shown.
 """
 
 import dataclasses
-import json
-import sys
 import time
 
 import jax
@@ -19,17 +17,19 @@ import numpy as np
 from scipy.special import expit
 
 from experiments.reward_source import (
+    JUDGE_MODEL,
+    JUDGE_SEED,
     RewardSourceConfig,
     Source,
+    about,
     check_batch_size,
+    command_line,
     create,
-    notes,
     run_stages,
     settings,
     show_tables,
-    versions,
+    write_report,
 )
-from onerec_jax import cli
 from onerec_jax.data.examples import Examples
 from onerec_jax.data.exposures import (
     ExposureStream,
@@ -43,8 +43,6 @@ from onerec_jax.data.exposures import (
 from onerec_jax.data.world.response import World
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.evaluation import preference, reward_report
-from onerec_jax.files import write_text
-from onerec_jax.models.onerec import resolve_dtype
 from onerec_jax.models.reward import RewardConfig
 from onerec_jax.reward_run import RewardRun
 from onerec_jax.rewards.weights import choose_weights, weight_candidates
@@ -95,17 +93,7 @@ class TrainRewardConfig(RewardSourceConfig):
             raise InputError(f"--weights {self.weights}: all must be above 0")
 
 
-JUDGE = {
-    "seed": 1,
-    "model": RewardConfig(
-        d_model=48,
-        num_heads=3,
-        history_length=128,
-        top_k=16,
-        recent_length=16,
-        shared_dims=(128, 64),
-    ),
-}
+JUDGE = {"seed": JUDGE_SEED, "model": RewardConfig(**JUDGE_MODEL)}
 """What --judge changes in the defaults."""
 
 
@@ -210,19 +198,9 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
     tests = preference.held_out_metrics(
         user, data.item_rows[rows], labels, scores, history, data.num_items
     )
-    result = {
-        "command": run.config["command"],
-        "dataset": {"name": data.name, **data.counts},
-        "notes": notes(run),
-        "share": run.config["settings"]["share"],
+    result = about(run, variables) | {
         "exposures": {
             part: int(run.blocks(part).count.sum()) for part in ("train", "valid", "test")
-        },
-        "objectives": list(run.objectives),
-        "model": {
-            "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
-            "best_step": run.best_step,
-            "compute_dtype": resolve_dtype(run.model_config.compute_dtype).name,
         },
         "test": tests,
         "weights": dict(zip(run.objectives, run.weight_no[kept].tolist(), strict=True)),
@@ -236,12 +214,7 @@ def evaluate(config: TrainRewardConfig, run: RewardRun, seconds: dict) -> dict:
     if "world" in data.meta:
         result["world"] = against_world(config, run, rows, user, labels, scores)
     result["seconds"] = seconds | {"test": time.perf_counter() - start}
-    result["versions"] = versions()
-    result = reward_report.without_nan(result)
-    result["plots"] = reward_report.draw_plots(run.folder, result, run.metrics.read())
-    write_text(run.folder / "report.md", reward_report.markdown(result))
-    write_text(run.folder / "report.json", json.dumps(result, indent=1))
-    return result
+    return write_report(run, result, reward_report.markdown)
 
 
 def against_world(config: TrainRewardConfig, run: RewardRun, rows, user, labels, scores) -> dict:
@@ -308,10 +281,7 @@ def main(config: TrainRewardConfig) -> None:
 
 def run_command(argv: list[str] | None = None) -> None:
     """The command line; `argv` replaces the process's own flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    default = TrainRewardConfig(**(JUDGE if "--judge" in argv else {}))
-    prog = "python -m experiments.train_reward"
-    cli.run(main, TrainRewardConfig, prog=prog, default=default, argv=argv)
+    command_line(main, TrainRewardConfig, JUDGE, "train_reward", argv)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ when the same command is given again; a finished one is shown.
 """
 
 import dataclasses
-import json
-import sys
 import time
 
 import jax
@@ -18,18 +16,20 @@ import numpy as np
 from scipy.special import expit
 
 from experiments.reward_source import (
+    JUDGE_MODEL,
+    JUDGE_SEED,
     RewardSourceConfig,
     Source,
+    about,
     check_batch_size,
+    command_line,
     create,
-    notes,
     run_stages,
     settings,
     show_tables,
-    versions,
+    write_report,
 )
 from experiments.train_reward import MOODS
-from onerec_jax import cli
 from onerec_jax.data.examples import Examples
 from onerec_jax.data.exposures import (
     check_labels,
@@ -48,8 +48,6 @@ from onerec_jax.data.session_windows import (
 from onerec_jax.data.world.response import World
 from onerec_jax.errors import require_at_least
 from onerec_jax.evaluation import preference, reward_report
-from onerec_jax.files import write_text
-from onerec_jax.models.onerec import resolve_dtype
 from onerec_jax.models.session_reward import SessionRewardConfig
 from onerec_jax.rewards.session import Scale, scalar_reward
 from onerec_jax.session_reward_run import SessionRewardRun
@@ -98,17 +96,7 @@ class TrainSessionRewardConfig(RewardSourceConfig):
         require_at_least(self, "", items=1, validate_sessions=0, item_weight=0)
 
 
-JUDGE = {
-    "seed": 1,
-    "model": SessionRewardConfig(
-        d_model=48,
-        num_heads=3,
-        history_length=128,
-        top_k=16,
-        recent_length=16,
-        shared_dims=(128, 64),
-    ),
-}
+JUDGE = {"seed": JUDGE_SEED, "model": SessionRewardConfig(**JUDGE_MODEL)}
 """What --judge changes in the defaults."""
 
 # --------------------------------------------------------------------------------------- stages
@@ -208,21 +196,11 @@ def evaluate(config: TrainSessionRewardConfig, run: SessionRewardRun, seconds: d
     by_head = dict(zip(run.objectives, parts["test"].label_no.T, strict=True))
     trained = parts["train"]
     history = data.item_rows[trained.windows.rows(data.offsets)], trained.label_no
-    result = {
-        "command": run.config["command"],
-        "dataset": {"name": data.name, **data.counts},
-        "notes": notes(run),
-        "share": values["share"],
+    result = about(run, variables) | {
         "items": run.length,
         "labels": values["labels"],
         "watch_s": values["watch_s"],
         "sessions": {name: len(lists) for name, lists in parts.items()},
-        "objectives": list(run.objectives),
-        "model": {
-            "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
-            "best_step": run.best_step,
-            "compute_dtype": resolve_dtype(run.model_config.compute_dtype).name,
-        },
         "test": preference.held_out_metrics(
             test.user, data.item_rows[rows], by_head, scores, history, data.num_items, "reward"
         ),
@@ -235,12 +213,7 @@ def evaluate(config: TrainSessionRewardConfig, run: SessionRewardRun, seconds: d
     if "world" in data.meta:
         result["world"] = against_world(config, run, test, by_head, scores)
     result["seconds"] = seconds | {"test": time.perf_counter() - start}
-    result["versions"] = versions()
-    result = reward_report.without_nan(result)
-    result["plots"] = reward_report.draw_plots(run.folder, result, run.metrics.read())
-    write_text(run.folder / "report.md", reward_report.session_markdown(result))
-    write_text(run.folder / "report.json", json.dumps(result, indent=1))
-    return result
+    return write_report(run, result, reward_report.session_markdown)
 
 
 def against_world(config, run: SessionRewardRun, windows, labels, scores) -> dict:
@@ -303,10 +276,7 @@ def main(config: TrainSessionRewardConfig) -> None:
 
 def run_command(argv: list[str] | None = None) -> None:
     """The command line; `argv` replaces the process's own flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    default = TrainSessionRewardConfig(**(JUDGE if "--judge" in argv else {}))
-    prog = "python -m experiments.train_session_reward"
-    cli.run(main, TrainSessionRewardConfig, prog=prog, default=default, argv=argv)
+    command_line(main, TrainSessionRewardConfig, JUDGE, "train_session_reward", argv)
 
 
 if __name__ == "__main__":

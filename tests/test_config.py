@@ -13,7 +13,7 @@ from experiments.pretrain import PretrainConfig
 from onerec_jax.config import PRESETS, ModelConfig
 from onerec_jax.errors import InputError
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.tokenizer.config import TokenizerConfig
 from onerec_jax.tokenizer.rq_kmeans import KMeansConfig
 from onerec_jax.training.loop import LoopConfig
 from onerec_jax.training.optimizer import OptimizerConfig

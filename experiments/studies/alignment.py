@@ -26,13 +26,15 @@ import rich.console
 import rich.table
 import tyro
 
+from experiments.studies.arms import command_line
 from onerec_jax import cli
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.errors import InputError
 from onerec_jax.files import write_text
 from onerec_jax.tokenizer.alignment import ALIGNMENT_PRESETS, AlignmentConfig
-from onerec_jax.tokenizer.build import Files, TokenizerConfig, tokenize
+from onerec_jax.tokenizer.build import tokenize
+from onerec_jax.tokenizer.config import Files, TokenizerConfig
 from onerec_jax.tokenizer.pairs import PairConfig, mine_pairs
 from onerec_jax.tokenizer.report import nearest_rows
 from onerec_jax.tokenizer.text import load_sentence_encoder
@@ -229,8 +231,7 @@ def run_command(argv: list[str] | None = None) -> None:
     name = cli.flag_value(argv, "--align") or "small"
     alignment = ALIGNMENT_PRESETS.get(name, ALIGNMENT_PRESETS["small"])
     default = StudyConfig(data=tyro.MISSING, alignment=alignment)
-    prog = "python -m experiments.studies.alignment"
-    cli.run(main, StudyConfig, prog=prog, default=default, argv=argv)
+    command_line(main, StudyConfig, "alignment", default=default, argv=argv)
 
 
 if __name__ == "__main__":

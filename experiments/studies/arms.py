@@ -1,4 +1,4 @@
-"""What studies share: many runs side by side.
+"""What studies share: many runs side by side, and a command line that leaves them the memory.
 
 An arm is one setting under study. Every arm runs once a seed; the same seed means the same data
 order and, where the arms allow it, the same initial parameters.
@@ -14,11 +14,12 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from experiments import pretrain
 from experiments.prepare import PrepareConfig, prepare
+from onerec_jax import cli
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.world.constants import WorldConfig
 from onerec_jax.errors import InputError
@@ -114,6 +115,23 @@ def run_tasks(
         thread.join()
     if failed:
         raise RuntimeError(f"{', '.join(sorted(failed))} failed: see {logs}")
+
+
+def command_line(
+    main: Callable[[Any], Any],
+    config_type: type,
+    name: str,
+    *,
+    default: Any = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """The command line of the study `name`; arguments and exits as `cli.run`.
+
+    Runs are processes of their own: this one takes of a GPU's memory only what it needs.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    prog = f"python -m experiments.studies.{name}"
+    cli.run(main, config_type, prog=prog, default=default, argv=argv)
 
 
 class Place(NamedTuple):

@@ -17,8 +17,7 @@ import rich.console
 import rich.table
 
 from experiments import pretrain
-from experiments.studies.arms import run_tasks, trained, world_data
-from onerec_jax import cli
+from experiments.studies.arms import command_line, run_tasks, trained, world_data
 from onerec_jax.config import PRESETS
 from onerec_jax.data.lifelong import LifelongConfig
 from onerec_jax.data.pipeline import PipelineConfig
@@ -151,4 +150,4 @@ def main(config: StudyConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, StudyConfig, prog="python -m experiments.studies.balancing")
+    command_line(main, StudyConfig, "balancing")

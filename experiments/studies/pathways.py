@@ -21,12 +21,7 @@ import rich.table
 
 from experiments import pretrain
 from experiments.evaluate import seen_items
-from experiments.studies.arms import (
-    run_tasks,
-    trained,
-    world_data,
-)
-from onerec_jax import cli
+from experiments.studies.arms import command_line, run_tasks, trained, world_data
 from onerec_jax.config import FEATURES, PATHWAYS, PRESETS
 from onerec_jax.data.examples import target_examples
 from onerec_jax.data.lifelong import LifelongConfig
@@ -290,4 +285,4 @@ def main(config: StudyConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, StudyConfig, prog="python -m experiments.studies.pathways")
+    command_line(main, StudyConfig, "pathways")

@@ -18,8 +18,9 @@ from experiments import posttrain, pretrain, train_reward
 from experiments.from_run import finished
 from experiments.posttrain import PosttrainConfig
 from experiments.studies.arms import run_tasks, trained, world_data
-from experiments.studies.post_config import Changes, StudyConfig, changed
+from experiments.studies.post_config import StudyConfig
 from experiments.studies.post_judge import JudgeConfig, judged, off_policy
+from experiments.studies.study_config import Changes, no_validation, of_arm
 from onerec_jax.data.examples import check_batch_size
 from onerec_jax.data.schema import Dataset, load_dataset
 from onerec_jax.data.world.response import World
@@ -136,21 +137,10 @@ def train_policy(config: pretrain.PretrainConfig) -> None:
 
 
 def arm_config(config: StudyConfig, start: Start, seed: int, changes: Changes) -> PosttrainConfig:
-    """The post-training of an arm and seed; nothing is chosen by a validation, the last step is
-    what is judged."""
-    post = changed(config.post, changes)
-    post = dataclasses.replace(
-        post,
-        run=start.policy,
-        reward=start.reward,
-        seed=seed,
-        train=dataclasses.replace(post.train, validate_every=post.train.steps, patience=0),
-    )
-    # The folders of the start are named by all that it depends on.
-    values = dataclasses.asdict(post)
-    del values["queue"]  # who draws is not what is drawn
-    name = settings_hash(values)
-    return dataclasses.replace(post, out=folder_of() / f"arm-{name}-{seed}")
+    """The post-training of an arm and seed."""
+    start_of = {"run": start.policy, "reward": start.reward, "seed": seed}
+    # Who draws is not what is drawn.
+    return of_arm(config.post, changes, folder_of(), apart=("queue",), **start_of)
 
 
 def post_trained(config: PosttrainConfig) -> Run:
@@ -167,10 +157,7 @@ def post_trained(config: PosttrainConfig) -> Run:
     check_batch_size(config.train.batch_size, examples)
     run = posttrain.open_run(config, parent, reward, flagged)
 
-    def last_step(variables):
-        return {"loss": 0.0, "score": 0.0}
-
-    posttrain.train(config, parent, run, reward, examples, flagged, mesh, last_step)
+    posttrain.train(config, parent, run, reward, examples, flagged, mesh, no_validation)
     return run
 
 

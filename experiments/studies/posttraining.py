@@ -7,7 +7,6 @@ See docs/posttrain.md.
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +17,8 @@ import rich.table
 
 from experiments import pretrain
 from experiments.studies import post_report
-from experiments.studies.post_config import SMALL, Changes, StudyConfig, changed
+from experiments.studies.arms import command_line
+from experiments.studies.post_config import SMALL, StudyConfig
 from experiments.studies.post_runs import (
     Arm,
     Ground,
@@ -28,7 +28,7 @@ from experiments.studies.post_runs import (
     measure,
     starts_of,
 )
-from onerec_jax import cli
+from experiments.studies.study_config import Changes, changed
 from onerec_jax.errors import InputError
 from onerec_jax.evaluation.report import markdown_table
 from onerec_jax.files import write_text
@@ -164,16 +164,14 @@ def show(study: Study, header: list[str], rows: list[list[str]], lines: list[str
 def command(study: Study, argv: list[str] | None = None) -> None:
     """The command line of a study; `argv` replaces the process's own flags."""
     argv = sys.argv[1:] if argv is None else argv
-    # The runs are processes of their own: this one must leave them the GPU's memory.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     default = StudyConfig(**(SMALL if "--small" in argv else {}))
     default = dataclasses.replace(
         default, post=changed(default.post, study.post), judge=changed(default.judge, study.judge)
     )
-    cli.run(
+    command_line(
         lambda config: run_study(study, config),
         StudyConfig,
-        prog=f"python -m experiments.studies.{study.name}",
+        study.name,
         default=default,
         argv=argv,
     )

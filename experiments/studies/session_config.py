@@ -2,49 +2,36 @@
 
 import dataclasses
 import os
-import pathlib
 from typing import Any
 
 from experiments import pretrain
 from experiments.align import AlignConfig, GuardConfig
-from experiments.studies.post_config import HERE
 from experiments.studies.session_judge import JudgeConfig
+from experiments.studies.study_config import SMALL_START, START, FilledIn, RunsConfig, changed
 from experiments.train_session_reward import EvaluationConfig, TrainSessionRewardConfig
-from onerec_jax.config import PRESETS
-from onerec_jax.data.lifelong import LifelongConfig
-from onerec_jax.data.pipeline import PipelineConfig
 from onerec_jax.data.world.constants import WorldConfig
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.posttraining.pairs import BeamConfig
-from onerec_jax.tokenizer.build import TokenizerConfig
 from onerec_jax.training.loop import LoopConfig
-from onerec_jax.training.optimizer import OptimizerConfig
 
 UNGUARDED = GuardConfig(chosen_loss=1e9, legality=0)
 """A collapse is a result here."""
+FIVE_TARGETS = {"pipeline.targets_per_user": 5}
+"""As many as a list of the session-wise run has."""
 
 
 @dataclasses.dataclass(frozen=True)
-class StudyConfig:
+class StudyAlignConfig(FilledIn, AlignConfig):
+    """Alignment within a study."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig(RunsConfig):
     """Compare lists by session-wise and point-wise models on the simulated platform."""
 
-    small: bool = False
-    """Sizes for two CPU cores in place of those for a GPU."""
     world: WorldConfig = WorldConfig(users=3000, items=20_000, actions=200)
     """The platform, simulated if its log is not there yet; split by time."""
-    arms: tuple[str, ...] = ()
-    """Which to run, 'point-wise' among them; default: all."""
-    seeds: int = 5
-    start: pretrain.PretrainConfig = pretrain.PretrainConfig(
-        preset="v1-0.015b",
-        model=PRESETS["v1-0.015b"],
-        targets="positive",
-        tokenizer=TokenizerConfig(codebook_size=8192),
-        pipeline=PipelineConfig(targets_per_user=5),
-        train=LoopConfig(batch_size=128, steps=6000, validate_every=1000, patience=0),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=500),
-        validate_users=500,
-    )
+    start: pretrain.PretrainConfig = changed(START, FIVE_TARGETS)
     """The point-wise run. The session-wise one differs in --targets sessions alone: as many users a
     step, as many items of each, those of its lists."""
     tiger_codes: int = 256
@@ -56,9 +43,7 @@ class StudyConfig:
         train=LoopConfig(batch_size=64, steps=6000, validate_every=1000, patience=3)
     )
     """The session reward; the judge differs as --judge of experiments.train_session_reward says."""
-    align: AlignConfig = AlignConfig(
-        run=HERE,
-        reward=HERE,
+    align: StudyAlignConfig = StudyAlignConfig(
         train=LoopConfig(batch_size=200, steps=2000, log_every=20, validate_every=2000, patience=0),
         refresh_every=250,
         guard=UNGUARDED,
@@ -66,19 +51,11 @@ class StudyConfig:
     )
     """The alignment of every aligned arm, but for what the arm changes."""
     judge: JudgeConfig = JudgeConfig()
-    resamples: int = 2000
-    """Bootstrap samples of users and seeds."""
-    parallel: int = 1
-    """Runs at a time, each with its share of the CPU cores; default of --small: one a core."""
-    gpus: int = 0
-    """GPUs to deal the runs out to; 0: they run where JAX puts them."""
-    out: pathlib.Path | None = None
-    """Folder of the report; default: runs/studies/sessions-WORLD, with -small for --small."""
 
     def __post_init__(self):
-        require_at_least(
-            self, "", seeds=1, resamples=1, parallel=1, gpus=0, tiger_codes=2, tiger_length=1
-        )
+        super().__post_init__()
+        require_at_least(self, "", tiger_codes=2, tiger_length=1)
+        self.align.refuse_named("--align")
         if self.start.targets == "sessions":
             raise InputError("--start.targets sessions: --start is the point-wise run")
         if self.start.sessions.items != self.reward.items:
@@ -86,13 +63,10 @@ class StudyConfig:
                 f"--start.sessions.items {self.start.sessions.items} and --reward.items "
                 f"{self.reward.items}: give both the same"
             )
-        for name in ("run", "reward"):
-            if getattr(self.align, name) != HERE:
-                raise InputError(f"--align.{name}: a study makes its runs itself, leave it out")
-        named = (self.align.judge, self.align.out, self.start.data, self.start.run)
+        named = (self.start.data, self.start.run)
         named += (self.reward.run, self.reward.data, self.reward.out)
         if any(named):
-            raise InputError("--start, --reward and --align name no folders in a study")
+            raise InputError("--start and --reward name no folders in a study: leave them out")
 
     @property
     def lists(self) -> pretrain.PretrainConfig:
@@ -117,24 +91,14 @@ class StudyConfig:
 SMALL: dict[str, Any] = {
     "world": WorldConfig(users=800, items=1000, actions=80),
     "seeds": 3,
-    "start": pretrain.PretrainConfig(
-        targets="positive",
-        tokenizer=TokenizerConfig(codebook_size=128),
-        pipeline=PipelineConfig(targets_per_user=5),
-        train=LoopConfig(batch_size=32, steps=500, log_every=100, validate_every=250, patience=0),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
-        compression=LifelongConfig(chunk_actions=16),
-        validate_users=200,
-    ),
+    "start": changed(SMALL_START, FIVE_TARGETS),
     "tiger_codes": 64,
     "tiger_length": 20,
     "reward": TrainSessionRewardConfig(
         train=LoopConfig(batch_size=32, steps=400, log_every=100, validate_every=100, patience=0),
         evaluation=EvaluationConfig(requests=50, candidates=8),
     ),
-    "align": AlignConfig(
-        run=HERE,
-        reward=HERE,
+    "align": StudyAlignConfig(
         beams=BeamConfig(width=32),
         train=LoopConfig(batch_size=100, steps=100, log_every=10, validate_every=100, patience=0),
         refresh_every=25,

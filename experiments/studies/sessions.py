@@ -11,7 +11,6 @@ See docs/sessions.md, "Study".
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -21,8 +20,7 @@ import numpy as np
 
 from experiments import align, pretrain, train_session_reward
 from experiments.studies import session_report
-from experiments.studies.arms import world_data
-from experiments.studies.post_config import Changes, changed
+from experiments.studies.arms import command_line, world_data
 from experiments.studies.post_runs import (
     JUDGE_SEED,
     Measured,
@@ -40,7 +38,7 @@ from experiments.studies.session_judge import (
     run_lists,
     sasrec_lists,
 )
-from onerec_jax import cli
+from experiments.studies.study_config import Changes, no_validation, of_arm
 from onerec_jax.data.examples import check_batch_size
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.world.response import World
@@ -166,19 +164,10 @@ def starts_of(config: StudyConfig, arms: Mapping[str, Arm], data, ids) -> list[S
 
 
 def align_config(config: StudyConfig, start: Start, seed: int, changes: Changes):
-    """The alignment of an arm and seed; nothing is chosen by a validation, the last step is what is
-    judged."""
-    values = changed(config.align, changes)
-    values = dataclasses.replace(
-        values,
-        run=start.lists,
-        reward=start.reward,
-        seed=seed,
-        train=dataclasses.replace(values.train, validate_every=values.train.steps, patience=0),
+    """The alignment of an arm and seed, of the session-wise run."""
+    return of_arm(
+        config.align, changes, folder_of(), run=start.lists, reward=start.reward, seed=seed
     )
-    # The folders of the start are named by all that it depends on.
-    name = settings_hash(dataclasses.asdict(values))
-    return dataclasses.replace(values, out=folder_of() / f"arm-{name}-{seed}")
 
 
 def aligned(config: align.AlignConfig) -> Run:
@@ -194,10 +183,7 @@ def aligned(config: align.AlignConfig) -> Run:
     run, mesh = align.open_run(config, parent, reward), make_mesh(data=1)
     tester = align.ListTester(config, run, reward, None, mesh)
 
-    def last_step(variables):
-        return {"loss": 0.0, "score": 0.0}
-
-    align.train(config, parent, run, examples, tester, mesh, last_step)
+    align.train(config, parent, run, examples, tester, mesh, no_validation)
     return run
 
 
@@ -313,11 +299,8 @@ def main(config: StudyConfig) -> None:
 def run_command(argv: list[str] | None = None) -> None:
     """The command line; `argv` replaces the process's own flags."""
     argv = sys.argv[1:] if argv is None else argv
-    # The runs are processes of their own: this one must leave them the GPU's memory.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     default = StudyConfig(**(SMALL if "--small" in argv else {}))
-    prog = "python -m experiments.studies.sessions"
-    cli.run(main, StudyConfig, prog=prog, default=default, argv=argv)
+    command_line(main, StudyConfig, "sessions", default=default, argv=argv)
 
 
 if __name__ == "__main__":

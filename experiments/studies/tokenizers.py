@@ -25,7 +25,8 @@ from onerec_jax.errors import InputError
 from onerec_jax.files import write_text
 from onerec_jax.tokenizer import report
 from onerec_jax.tokenizer.rq_kmeans import KMeansConfig, decode, encode, fit_rq_kmeans
-from onerec_jax.tokenizer.rq_vae import RQVAEConfig, fit_rq_vae
+from onerec_jax.tokenizer.rq_vae import RQVAEConfig
+from onerec_jax.tokenizer.rq_vae_training import fit_rq_vae
 
 THREE_LAYERS = RQVAEConfig(
     hidden=(512, 256, 128),

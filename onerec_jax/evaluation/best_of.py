@@ -13,8 +13,7 @@ import numpy as np
 
 from onerec_jax.data.examples import Examples
 from onerec_jax.data.schema import Dataset
-from onerec_jax.data.world.response import World, satisfaction
-from onerec_jax.evaluation.lists import mean_of_lists
+from onerec_jax.evaluation.lists import mean_of_lists, response_to_listed
 
 MEASURES = ("watch_s", "satisfaction")
 
@@ -31,17 +30,10 @@ def response_to_items(
     Raises:
       InputError: no world made the data set.
     """
-    world = World.from_meta(dataset.meta)
-    user, place = np.nonzero(lists_un >= 0)
-    at = dataset.offsets[test.user] + test.position
-    session, slot, time_s = (dataset.column(c)[at] for c in ("session", "slot", "time_s"))
-    answer = world.expected(
-        test.user[user], lists_un[user, place], session[user], slot[user], time_s[user]
-    )
-    found = {}
-    for name, values in (("watch_s", answer.watch_s), ("satisfaction", satisfaction(answer))):
-        found[name] = np.full(lists_un.shape, np.nan)
-        found[name][user, place] = values
+    user, place, values = response_to_listed(dataset, test, lists_un)
+    found = {name: np.full(lists_un.shape, np.nan) for name in MEASURES}
+    for name in MEASURES:
+        found[name][user, place] = values[name]
     return found
 
 

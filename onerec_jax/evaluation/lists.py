@@ -19,6 +19,30 @@ EXPECTED = (
 """What `expected_of_lists` says of a list."""
 
 
+def response_to_listed(
+    dataset: Dataset, test: Examples, lists_un: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """What the world that made a data set expects of each of the N items that are listed.
+
+    Args:
+      test, lists_un: as `expected_of_lists`.
+
+    Returns:
+      row and place of the items in `lists_un`, int `[N]` each; EXPECTED by name, float64 `[N]`.
+
+    Raises:
+      InputError: no world made the data set.
+    """
+    world = World.from_meta(dataset.meta)
+    user, place = np.nonzero(lists_un >= 0)
+    at = dataset.offsets[test.user] + test.position
+    session, slot, time_s = (dataset.column(c)[at] for c in ("session", "slot", "time_s"))
+    answer = world.expected(
+        test.user[user], lists_un[user, place], session[user], slot[user], time_s[user]
+    )
+    return user, place, answer._asdict() | {"satisfaction": satisfaction(answer)}
+
+
 def expected_of_lists(
     dataset: Dataset, test: Examples, lists_un: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -36,14 +60,7 @@ def expected_of_lists(
     Raises:
       InputError: no world made the data set.
     """
-    world = World.from_meta(dataset.meta)
-    user, place = np.nonzero(lists_un >= 0)
-    at = dataset.offsets[test.user] + test.position
-    session, slot, time_s = (dataset.column(c)[at] for c in ("session", "slot", "time_s"))
-    answer = world.expected(
-        test.user[user], lists_un[user, place], session[user], slot[user], time_s[user]
-    )
-    values = answer._asdict() | {"satisfaction": satisfaction(answer)}
+    user, _, values = response_to_listed(dataset, test, lists_un)
     length = np.bincount(user, minlength=len(lists_un)).astype(float)
     length[length == 0] = np.nan
     return {k: np.bincount(user, values[k], len(lists_un)) / length for k in EXPECTED}

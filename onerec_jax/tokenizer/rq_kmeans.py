@@ -19,15 +19,8 @@ from jax.sharding import Mesh
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer.balanced import market_kmeans, sweep_kmeans
-from onerec_jax.tokenizer.kmeans import (
-    START_SAMPLE,
-    Points,
-    assign,
-    default_chunk,
-    lloyd,
-    mini_batch_lloyd,
-    start_centres,
-)
+from onerec_jax.tokenizer.kmeans import START_SAMPLE, lloyd, mini_batch_lloyd, start_centres
+from onerec_jax.tokenizer.nearest import Points, assign, default_chunk
 
 BLOCK_BYTES = 512 << 20
 """Points that `encode` and `decode` have in hand at once."""

@@ -4,6 +4,7 @@ Where many runs are asked for, what would train and judge is replaced: it notes 
 for and writes scores that say which arm is better. One run is trained and judged in earnest.
 """
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -15,13 +16,15 @@ from test_ab import platform  # noqa: F401 (a fixture)
 
 from experiments import posttrain
 from experiments.posttrain import PosttrainConfig
-from experiments.studies import industrial, post_config, post_report, post_runs, posttraining
+from experiments.studies import industrial, post_report, post_runs, posttraining
 from experiments.studies.industrial import CUT, FACTORS, FREE
-from experiments.studies.post_config import SMALL, StudyConfig, changed
+from experiments.studies.post_config import SMALL, StudyConfig
 from experiments.studies.post_judge import JudgeConfig
+from experiments.studies.study_config import changed
 from onerec_jax.data.schema import load_dataset
 from onerec_jax.data.splits import make_split
 from onerec_jax.data.world.constants import WorldConfig
+from onerec_jax.errors import InputError
 from onerec_jax.generation.rollout import RolloutConfig
 from onerec_jax.posttraining.step import FormatConfig, ObjectiveConfig
 from onerec_jax.run import Run
@@ -295,13 +298,26 @@ def test_flags_that_fit_nothing(runner, refused):
     cases = {
         "--arms 'nobody': choose of 'pretrained model'": ["--arms", "nobody"],
         "--arms needs two arms": ["--arms", "current policy"],
-        "a study makes its runs itself": ["somewhere"],
-        "--post.judge and --post.out": ["--post.out", "somewhere"],
         "--start and --reward name no folders": ["--start.run", "somewhere"],
     }
     for message, flags in cases.items():
         assert message in refused(command, *flags), message
     assert not [x for x in runner.asked if x[0].startswith("arm")]
+
+
+def test_a_study_names_the_folders_itself(capsys):
+    for flags, code in ((["somewhere"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as exited:
+            posttraining.command(STUDIES["rl"], flags)
+        assert exited.value.code == code
+    help_text = capsys.readouterr().out
+    assert "--post.objective" in help_text
+    for flag in ("[PATH]", "--post.run", "--post.reward ", "--post.judge", "--post.out"):
+        assert flag not in help_text
+    for name in ("run", "reward", "judge", "out"):
+        post = dataclasses.replace(StudyConfig().post, **{name: pathlib.Path("somewhere")})
+        with pytest.raises(InputError, match=f"--post.{name}: a study makes its runs itself"):
+            StudyConfig(post=post)
 
 
 def test_flags_reach_every_arm(monkeypatch):
@@ -323,4 +339,4 @@ def test_flags_reach_every_arm(monkeypatch):
     # Of the two, what the study itself changes.
     assert config.post.rollout == changed(SMALL["post"].rollout, {"refresh_every": 0})
     assert config.judge.off_policy_users == 16
-    assert post_config.changed(config.post, {"policy.delta": 0.1}).policy.delta == 0.1
+    assert changed(config.post, {"policy.delta": 0.1}).policy.delta == 0.1

@@ -1,16 +1,24 @@
 """What studies share: processes and tables."""
 
+import dataclasses
 import os
 import pathlib
 
 import numpy as np
 import pytest
 
-from experiments.studies.arms import run_tasks
+from experiments.studies.arms import command_line, run_tasks
 from experiments.studies.pathways import ARMS, METRICS, StudyConfig, compare
 from experiments.studies.pathways import tables as pathway_tables
 from onerec_jax.errors import InputError
 from onerec_jax.evaluation.report import markdown_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Sleep:
+    """Settings of a study that there is not."""
+
+    seconds: int = 1
 
 
 def test_tasks_run_in_processes_of_their_own(tmp_path):
@@ -25,6 +33,20 @@ def test_tasks_run_in_processes_of_their_own(tmp_path):
         run_tasks(os.mkdir, tasks, parallel=2, logs=tmp_path / "logs", say=lines.append)
     assert "FileExistsError" in (tmp_path / "logs" / "a.log").read_text()
     assert (tmp_path / "d").is_dir()  # the others run to their end
+
+
+def test_the_command_leaves_memory_to_its_runs(monkeypatch):
+    name, seen = "XLA_PYTHON_CLIENT_PREALLOCATE", []
+
+    def main(config):
+        seen.append((os.environ[name], config.seconds))
+
+    for given, found in (("true", "true"), (None, "false")):  # what the user says holds
+        monkeypatch.setenv(name, "true")
+        if given is None:
+            monkeypatch.delenv(name)
+        command_line(main, Sleep, "sleep", argv=["--seconds", "2"])
+        assert seen.pop() == (found, 2)
 
 
 def test_tables_of_arms():

@@ -20,7 +20,8 @@ from onerec_jax.tokenizer.balanced import (
     sweep,
     sweep_kmeans,
 )
-from onerec_jax.tokenizer.kmeans import Assignment, Points, lloyd
+from onerec_jax.tokenizer.kmeans import lloyd
+from onerec_jax.tokenizer.nearest import Assignment, Points
 
 N, D, K = 203, 5, 8  # 203 = 8 * 25 + 3
 

@@ -13,17 +13,10 @@ from onerec_jax.data.schema import build_dataset
 from onerec_jax.data.splits import item_popularity, make_split
 from onerec_jax.errors import InputError
 from onerec_jax.sharding import make_mesh
-from onerec_jax.tokenizer import build
+from onerec_jax.tokenizer import build, content
 from onerec_jax.tokenizer.alignment import AlignmentConfig
-from onerec_jax.tokenizer.build import (
-    Files,
-    Tokenizer,
-    TokenizerConfig,
-    config_of,
-    extend,
-    files_key,
-    tokenize,
-)
+from onerec_jax.tokenizer.build import Tokenizer, extend, tokenize
+from onerec_jax.tokenizer.config import Files, TokenizerConfig, config_of, files_key
 from onerec_jax.tokenizer.pairs import PairConfig, mine_pairs
 from onerec_jax.tokenizer.rq_kmeans import KMeansConfig, encode
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
@@ -812,7 +805,7 @@ def test_a_sentence_model(monkeypatch):
         return FakeModel(version)
 
     version = 1
-    monkeypatch.setattr(build, "load_sentence_encoder", load)
+    monkeypatch.setattr(content, "load_sentence_encoder", load)
     cfg = dataclasses.replace(KEEP, text="some-model")
     known = tokenize(grown(ids=OLD), cfg)
     np.testing.assert_array_equal(known.vectors, FakeModel(1).vectors(texts(84)[:24]))

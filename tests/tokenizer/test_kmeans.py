@@ -14,19 +14,22 @@ from sklearn.cluster import KMeans
 
 from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer import kmeans
+from onerec_jax.tokenizer import nearest as nearest_module
 from onerec_jax.tokenizer.kmeans import (
     Clock,
+    lloyd,
+    mini_batch_lloyd,
+    plus_plus,
+    reseed,
+    start_centres,
+)
+from onerec_jax.tokenizer.nearest import (
     Points,
     add_up,
     assign,
     cluster_sums,
     default_chunk,
-    lloyd,
-    mini_batch_lloyd,
     nearest_block,
-    plus_plus,
-    reseed,
-    start_centres,
 )
 
 D, K = 5, 8
@@ -110,7 +113,7 @@ def test_an_infinite_price_closes_a_centre(nearest):
 
 
 def test_chunks_are_powers_of_two_within_the_memory(monkeypatch):
-    for backend, held in kmeans.CHUNK_BYTES.items():
+    for backend, held in nearest_module.CHUNK_BYTES.items():
         monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
         for k in (1, 100, 8192, 1 << 26):
             chunk = default_chunk(k)
@@ -224,7 +227,7 @@ def test_one_iteration_is_one_reduction_over_the_mesh():
     points, centres = Points.place(cloud(37), make_mesh(4, 2)), cloud(K, seed=1)
     for sums in (True, False):
         options = {"mesh": points.mesh, "chunk": 3, "precision": "highest", "sums": sums}
-        program = kmeans._mesh_pass.lower(
+        program = nearest_module._mesh_pass.lower(
             points.x_nd, points.valid, centres, None, **options
         ).compile()
         text = program.as_text()

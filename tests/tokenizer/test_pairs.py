@@ -14,9 +14,8 @@ from onerec_jax.data.splits import make_split, train_mask
 from onerec_jax.errors import InputError
 from onerec_jax.inputs import PositiveRule
 from onerec_jax.tokenizer import pairs as module
+from onerec_jax.tokenizer.item_pairs import KINDS, ItemPairs
 from onerec_jax.tokenizer.pairs import (
-    KINDS,
-    ItemPairs,
     PairConfig,
     collaborative_vectors,
     mine_pairs,

@@ -12,7 +12,8 @@ import pytest
 from onerec_jax.errors import InputError
 from onerec_jax.sharding import make_mesh
 from onerec_jax.tokenizer import rq_kmeans
-from onerec_jax.tokenizer.kmeans import Points, lloyd, start_centres
+from onerec_jax.tokenizer.kmeans import lloyd, start_centres
+from onerec_jax.tokenizer.nearest import Points
 from onerec_jax.tokenizer.rq_kmeans import (
     KMeansConfig,
     decode,

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 
 from onerec_jax.errors import InputError
-from onerec_jax.tokenizer import rq_vae
+from onerec_jax.tokenizer import rq_vae, rq_vae_training
 from onerec_jax.tokenizer.rq_vae import (
     RQVAE,
     RQVAEConfig,
-    fit_rq_vae,
     networks,
     quantise,
     quantiser_losses,
-    reseed,
     straight_through,
 )
+from onerec_jax.tokenizer.rq_vae_training import fit_rq_vae, reseed
 
 SMALL = RQVAEConfig(
     hidden=(16,),
@@ -130,7 +129,7 @@ def test_dead_codes_come_back(monkeypatch, codebook):
         codebooks[:, 0] = 0  # one code a level serves all
         return codebooks
 
-    monkeypatch.setattr(rq_vae, "start_codebooks", far_away)
+    monkeypatch.setattr(rq_vae_training, "start_codebooks", far_away)
     model = fit(x, dataclasses.replace(SMALL, codebook=codebook))
     codes, _ = model.encode(x)
     assert min(len(np.unique(codes[:, level])) for level in range(2)) >= 6

@@ -14,7 +14,7 @@ from onerec_jax.config import PRESETS
 from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.sampling import sample
 from onerec_jax.models.onerec import OneRec
-from onerec_jax.tokenizer.build import TokenizerConfig
+from onerec_jax.tokenizer.config import TokenizerConfig
 from onerec_jax.training.flops import (
     VOCABULARIES,
     abstract_batch,
