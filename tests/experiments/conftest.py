@@ -189,10 +189,15 @@ def start(command: list[str], cwd: pathlib.Path, *, devices: int = 8) -> subproc
 
 def wait_for_step(process, metrics, step):
     """Until metrics.jsonl has a row of `step`; the process must still be running."""
-    limit = time.monotonic() + 240
     wanted = f'{{"step": {step}, '
-    while not (metrics.exists() and wanted in metrics.read_text()):
+    wait_for(process, f"step {step}", lambda: metrics.exists() and wanted in metrics.read_text())
+
+
+def wait_for(process, what, there):
+    """Until `there()`; the process must still be running."""
+    limit = time.monotonic() + 240
+    while not there():
         if process.poll() is not None or time.monotonic() > limit:
             process.kill()
-            pytest.fail(f"step {step} was not reached:\n{process.communicate()[1]}")
+            pytest.fail(f"{what} was not reached:\n{process.communicate()[1]}")
         time.sleep(0.002)

@@ -10,7 +10,18 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from conftest import FLAGS, ITEMS, MODEL_FLAGS, USERS, make_data, start, title, tree, wait_for_step
+from conftest import (
+    FLAGS,
+    ITEMS,
+    MODEL_FLAGS,
+    USERS,
+    make_data,
+    start,
+    title,
+    tree,
+    wait_for,
+    wait_for_step,
+)
 
 from experiments import evaluate, pretrain, recommend
 from experiments.prepare import PrepareConfig, prepare
@@ -215,6 +226,8 @@ def test_kill_9_and_the_same_command_again(trained, world, tmp_path):
     for step, saved in ((10, set()), (40, {30})):
         process = start(["experiments.pretrain", *flags], world)
         wait_for_step(process, run / "metrics.jsonl", step)
+        # A save goes on beside the steps after it.
+        wait_for(process, f"the checkpoint of {saved}", lambda s=saved: s <= steps_in(run))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
