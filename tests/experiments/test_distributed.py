@@ -6,7 +6,7 @@ import socket
 import helpers
 import numpy as np
 import pytest
-from conftest import FLAGS, start, wait_for_step
+from conftest import FLAGS, start, wait_for, wait_for_step
 
 
 def free_port() -> int:
@@ -32,6 +32,7 @@ def test_a_process_dies_and_one_alone_goes_on(trained, world, tmp_path):
         start(["experiments.pretrain", *flags, *cluster(port, i)], world, devices=1) for i in (0, 1)
     )
     wait_for_step(first, run / "metrics.jsonl", 40)
+    wait_for(first, "the checkpoint of step 30", (run / "checkpoints" / "30").exists)
     second.send_signal(signal.SIGKILL)
     out, err = first.communicate(timeout=120)
     assert first.returncode == 1, err
