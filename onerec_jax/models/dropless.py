@@ -56,9 +56,14 @@ def dropless_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows):
       mine_tk: bool, copies whose expert is among them.
       rows: C, from `dropless_rows`.
     """
-    values = x_td, gate_tk, w_in_edgf, w_out_efd
+    values = _cast(x_td, gate_tk, w_in_edgf, w_out_efd)
     plan = plan_dispatch(index_tk, mine_tk, len(w_in_edgf), rows)
     return _add_blocks(expert_ffn(*values, plan), values, index_tk, mine_tk, rows)
+
+
+def _cast(x_td, gate_tk, w_in_edgf, w_out_efd):
+    """Weights in the tokens' type, once: a loop that casts by itself has XLA copy float32 ones."""
+    return x_td, gate_tk, w_in_edgf.astype(x_td.dtype), w_out_efd.astype(x_td.dtype)
 
 
 class Block(NamedTuple):
@@ -117,7 +122,7 @@ def _add_blocks(y_td, values, index_tk, mine_tk, rows):
 
 
 def _dropless_forward(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows):
-    values = x_td, gate_tk, w_in_edgf, w_out_efd
+    values = _cast(x_td, gate_tk, w_in_edgf, w_out_efd)
     plan = plan_dispatch(index_tk, mine_tk, len(w_in_edgf), rows)
     y_td, back = jax.vjp(lambda *values: expert_ffn(*values, plan), *values)
     y_td = _add_blocks(y_td, values, index_tk, mine_tk, rows)
@@ -126,7 +131,9 @@ def _dropless_forward(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, ro
 
 def _dropless_backward(rows, kept, gradient_td):
     back, values, index_tk, mine_tk = kept
-    grads = back(gradient_td)
+    dx_td, dgate_tk, *dweights = back(gradient_td)
+    # Those of the weights are summed in their own type, float32.
+    grads = dx_td, dgate_tk, *(dw.astype(jnp.float32) for dw in dweights)
     if rows >= len(gradient_td):
         return *grads, None, None
     count, find = _blocks(index_tk, mine_tk, len(values[2]), rows)

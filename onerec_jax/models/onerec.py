@@ -82,7 +82,12 @@ class OneRec(nn.Module):
         return x + self.place.astype(self.dtype)[item]
 
     def __call__(self, batch: Batch):
-        """Teacher-forced logits float32 `[B, M, levels, V]` of `batch.target`.
+        """Teacher-forced logits float32 `[B, M, levels, V]` of `batch.target`; as `by_level`."""
+        return jnp.stack(self.by_level(batch), axis=2)
+
+    def by_level(self, batch: Batch) -> list[jax.Array]:
+        """Teacher-forced logits of `batch.target`, float32 `[B, M, V]` for each level: of many
+        targets they are gigabytes, and not to be copied into one array.
 
         Targets see the user, not each other. Of a model of lists the M targets are whole lists one
         after the other, or the beginning of one: an item sees those before it in its list. The
@@ -104,7 +109,7 @@ class OneRec(nn.Module):
         x = x.reshape(users, targets // items, -1, self.cfg.d_model)
         h = self.decoder(x[:, :, :-1] if further else x, z, length)
         logits = [self.level_logits(h[:, :, i :: levels + 1], i) for i in range(levels)]
-        return jnp.stack(logits, axis=3).reshape(users, targets, levels, -1)
+        return [x.reshape(users, targets, -1) for x in logits]
 
     def start(self, batch: Batch) -> tuple[CrossCache, BeamCache]:
         """Encodes users once and returns the caches that `decode_step` needs."""
