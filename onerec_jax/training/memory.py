@@ -31,6 +31,8 @@ class Memory:
     gradients: int
     """As large as the parameters, float32."""
     activations: int
+    copies: int = 0
+    """Of the parameters in the compute type, where several parts share them."""
 
     @property
     def state(self) -> int:
@@ -39,7 +41,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.state + self.gradients + self.activations
+        return self.state + self.gradients + self.activations + self.copies
 
 
 def step_memory(
@@ -98,9 +100,10 @@ def policy_memory(
 ) -> Memory:
     """Memory of a joint step of post-training; other arguments as `step_memory`.
 
-    The policy that draws lies beside the one that learns, and the gradients of the groups beside
-    those of supervised fine-tuning, in parts also the sum so far; activations are of the larger of
-    both.
+    The policy that draws lies beside the one that learns. Of gradients there are two at a time:
+    those of the groups, the sum so far or all of them, and those that a part or fine-tuning is
+    making. Activations are of the larger of both; uneven loads of experts take time and no more
+    memory. XLA's own plans are in docs/performance.md, "Post-training".
 
     Args:
       rollout_users: users with rollouts, over all devices, in `parts`.
@@ -111,8 +114,9 @@ def policy_memory(
     return Memory(
         2 * drawn.parameters,
         drawn.optimizer,
-        (2 + (parts > 1)) * drawn.gradients,
+        2 * drawn.gradients,
         max(tuned.activations, drawn.activations),
+        0 if cfg.compute_dtype == "float32" else drawn.gradients // 2,
     )
 
 

@@ -84,9 +84,13 @@ def test_a_joint_step_holds_two_policies_and_two_gradients():
     assert found.gradients == 2 * tuned.gradients
     assert found.optimizer == tuned.optimizer
     assert found.activations == memory(users=4, targets=16).activations > tuned.activations
+    assert found.copies == 0
+    half = policy_memory(helpers.tiny_config(compute_dtype="bfloat16"), SPEC, tx, mesh, **sizes)
+    assert half.copies == tuned.gradients // 2
+    assert half.total == half.state + half.gradients + half.activations + half.copies
     parted = policy_memory(CFG, SPEC, tx, mesh, **sizes, parts=2)
     assert parted.activations == memory(users=2, targets=16).activations
-    assert parted.gradients == 3 * tuned.gradients
+    assert parted.gradients == found.gradients
     sizes |= {"users": 512}
     found = policy_memory(CFG, SPEC, tx, mesh, **sizes, accumulate=2)
     assert found.activations == memory(users=256).activations
