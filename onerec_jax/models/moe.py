@@ -21,6 +21,12 @@ from onerec_jax.models.layers import partitioned
 from onerec_jax.sharding import BATCH, USER_AXES, per_device, sharded
 
 
+@jax.checkpoint
+def router_logits(x_td, router_de):
+    """Float32 `[T, E]`. The backward pass casts the tokens anew and keeps no copy of them."""
+    return jnp.einsum("td,de->te", x_td.astype(jnp.float32), router_de)
+
+
 def route(x_td, router_de, bias_e, *, top_k, gate="sigmoid"):
     """Chooses the experts of every token.
 
@@ -34,7 +40,7 @@ def route(x_td, router_de, bias_e, *, top_k, gate="sigmoid"):
     Returns:
       Expert index int32 `[T, K]` and gate float32 `[T, K]`.
     """
-    logits_te = jnp.einsum("td,de->te", x_td.astype(jnp.float32), router_de)
+    logits_te = router_logits(x_td, router_de)
     score_te = jax.nn.sigmoid(logits_te) if gate == "sigmoid" else jax.nn.softmax(logits_te)
     _, index_tk = jax.lax.top_k(score_te + jax.lax.stop_gradient(bias_e), top_k)
     gate_tk = jnp.take_along_axis(score_te, index_tk, axis=-1)
@@ -152,7 +158,7 @@ def auxiliary_loss(x_td, valid_t, router_de, load_e, *, gate="sigmoid"):
     f_i is the share of the copies that expert i got (no gradient), P_i the mean over tokens of its
     score, scores of a token summing to one.
     """
-    logits_te = jnp.einsum("td,de->te", x_td.astype(jnp.float32), router_de)
+    logits_te = router_logits(x_td, router_de)
     score_te = jax.nn.sigmoid(logits_te) if gate == "sigmoid" else jax.nn.softmax(logits_te)
     score_te = score_te / score_te.sum(-1, keepdims=True) * valid_t[:, None]
     mean_e = score_te.sum(0) / jnp.maximum(valid_t.sum(), 1)

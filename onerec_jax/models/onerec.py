@@ -6,6 +6,8 @@ codes of an item, m times one after the other. Logits are float32; everything be
 and the heads runs in the model's `dtype`.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,21 @@ def resolve_dtype(name: str):
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def head_logits(h, head_dv):
+    """`[..., D]` and `[D, V]` to float32 `[..., V]`."""
+    return jnp.einsum("...d,dv->...v", h, head_dv, preferred_element_type=jnp.float32)
+
+
+def _head_logits_backward(back, gradient):
+    return jax.lax.optimization_barrier(back(gradient))
+
+
+group_logits = jax.custom_vjp(head_logits)
+"""`head_logits` of thousands of items a user. Its two gradients are made together: left to itself,
+XLA puts that of the head off, and keeps that of the logits until the backward pass is over."""
+group_logits.defvjp(functools.partial(jax.vjp, head_logits), _head_logits_backward)
 
 
 class OneRec(nn.Module):
@@ -69,7 +86,8 @@ class OneRec(nn.Module):
         """Hidden states of position `level`, `[..., D]`, to float32 logits `[..., V]`."""
         h = self.norms[level](h).astype(self.dtype)
         head = self.heads[level].astype(self.dtype)
-        return jnp.einsum("...d,dv->...v", h, head, preferred_element_type=jnp.float32)
+        # Groups go through the model as in inference, and a batch for training has few targets.
+        return (head_logits if self.train else group_logits)(h, head)
 
     def encode(self, batch: Batch):
         """Encoded user tokens `[B, T, D]`, valid first, and their number int32 `[B]`."""
