@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from onerec_jax.config import ModelConfig
 from onerec_jax.errors import InputError
 from onerec_jax.inputs import FeatureSpec
+from onerec_jax.models.dropless import COMMON_LOAD
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import AXES, USER_AXES, MeshConfig, shardings_of, split_over_data
 from onerec_jax.training.flops import abstract_batch, decoder_positions, feature_width
@@ -110,7 +111,10 @@ def policy_memory(
       group: items drawn for each.
     """
     tuned = step_memory(cfg, spec, tx, mesh, users=users, accumulate=accumulate)
-    drawn = step_memory(cfg, spec, tx, mesh, users=rollout_users, targets=group, accumulate=parts)
+    groups = dataclasses.replace(cfg, capacity_factor=COMMON_LOAD)
+    drawn = step_memory(
+        groups, spec, tx, mesh, users=rollout_users, targets=group, accumulate=parts
+    )
     return Memory(
         2 * drawn.parameters,
         drawn.optimizer,
@@ -134,8 +138,9 @@ def user_activations(cfg: ModelConfig, spec: FeatureSpec, *, targets: int | None
     qformer += cfg.lifelong_queries * cfg.lifelong_blocks * (8 * d + 2 * f) * (lifelong > 0)
     # Inputs of both norms and both normed ones, query, key, value, result; hidden twice.
     dense, attention = 2 * f, 8 * d
-    copies = cfg.experts_per_token * max(cfg.capacity_factor, 1)
-    experts = copies * (2 * d + 3 * cfg.expert_dim)
+    # Rows of all experts together, for a token; without a limit every expert has one.
+    rows = cfg.experts_per_token * cfg.capacity_factor or cfg.num_experts
+    experts = rows * (2 * d + 3 * cfg.expert_dim)
 
     def stack(name, layers, tokens, more):
         with_experts = cfg.expert_layers(name)
