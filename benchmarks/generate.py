@@ -46,7 +46,7 @@ from onerec_jax.generation.generator import compute_copy
 from onerec_jax.generation.session_beam import session_beam_search
 from onerec_jax.generation.topk import top_k_of_rows
 from onerec_jax.generation.trie import Trie, build_trie
-from onerec_jax.models import moe
+from onerec_jax.models import dropless
 from onerec_jax.models.moe import max_violation, update_router_bias
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.training.flops import generation_flops
@@ -79,7 +79,7 @@ class BenchmarkConfig:
     embedded_items: int = 200_000
     authors: int = 50_000
     balancing_steps: int = 60
-    common_load: float = moe.COMMON_LOAD
+    common_load: float = dropless.COMMON_LOAD
     """Rows of an expert that run together, as a multiple of the mean; those over take a loop."""
     repeats: int = 100
     """Timed batches of a search."""
@@ -142,8 +142,8 @@ def balance(model, variables, batch, search, steps):
         for path, load in jax.tree_util.tree_leaves_with_path(jax.device_get(loads)):
             if "load" in str(path):
                 tokens = int(load.sum(-1).max() / model.cfg.experts_per_token)
-                rows = moe.dropless_rows(tokens, load.shape[-1], model.cfg.experts_per_token)
-                blocks += int(np.ceil(np.maximum(load - rows, 0) / moe.BLOCK).sum())
+                rows = dropless.dropless_rows(tokens, load.shape[-1], model.cfg.experts_per_token)
+                blocks += int(np.ceil(np.maximum(load - rows, 0) / dropless.BLOCK).sum())
     return variables, float(worst), blocks
 
 
@@ -332,7 +332,7 @@ def main(config: BenchmarkConfig) -> None:
     """Make the model and the trie, measure, print, write."""
     if config.profile is not None:  # before JAX starts its backend
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_BY_ONE}"
-    moe.COMMON_LOAD = config.common_load
+    dropless.COMMON_LOAD = config.common_load
     cfg = config.model
     if "sessions" in config.parts:
         cfg = dataclasses.replace(cfg, session_items=config.session_items)

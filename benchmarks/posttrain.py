@@ -60,7 +60,7 @@ from onerec_jax.reward_run import Scorer
 from onerec_jax.sharding import MeshConfig, make_mesh, put_batch
 from onerec_jax.tokenizer.semantic_ids import SemanticIds
 from onerec_jax.training.flops import forward_flops, generation_flops, train_flops
-from onerec_jax.training.memory import policy_memory
+from onerec_jax.training.memory import Memory, policy_memory
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
 from onerec_jax.training.profile import ONE_BY_ONE, by_part, kernels, peak_flops
 from onerec_jax.training.reward_flops import score_flops
@@ -279,14 +279,8 @@ def table(spent: dict[str, float], flops: dict, peak: float | None) -> list[str]
 # ------------------------------------------------------------------------------------------- main
 
 
-def make_policy(config: BenchmarkConfig, spec, clock: Clock):
-    """The trainer, its first state with balanced experts, and a batch on the device."""
-    cfg, rng = config.model, np.random.default_rng(0)
-    mesh = make_mesh(data=1)
-    sft, rl = (
-        random_users(cfg, spec, users, lengths=config.lengths, seed=0)
-        for users in (config.tuned_users, config.users)
-    )
+def make_trainer(config: BenchmarkConfig, spec, mesh, example) -> Trainer:
+    """The joint step on a mesh; `example` is any batch of supervised fine-tuning."""
     objective = ObjectiveConfig(
         PolicyConfig(),
         LossWeights(),
@@ -295,17 +289,28 @@ def make_policy(config: BenchmarkConfig, spec, clock: Clock):
         config.rollout.refresh_every,
         config.rollout.parts,
     )
-    trainer = Trainer(
-        OneRec(cfg, spec, train=True),
+    return Trainer(
+        OneRec(config.model, spec, train=True),
         make_optimizer(OptimizerConfig(learning_rate=1e-6), 10_000),
         mesh,
-        jax.tree.map(lambda x: x[:1], sft),
+        example,
         seed=0,
         step=policy_step,
         init=init_policy_state,
         cfg=objective,
         accumulate=config.accumulate,
     )
+
+
+def make_policy(config: BenchmarkConfig, spec, clock: Clock):
+    """The trainer, its first state with balanced experts, and a batch on the device."""
+    cfg, rng = config.model, np.random.default_rng(0)
+    mesh = make_mesh(data=1)
+    sft, rl = (
+        random_users(cfg, spec, users, lengths=config.lengths, seed=0)
+        for users in (config.tuned_users, config.users)
+    )
+    trainer = make_trainer(config, spec, mesh, jax.tree.map(lambda x: x[:1], sft))
     run = random_run(config, spec, rng)
     judge = Judge(random_scorer(config, spec, run.ids, rng), clock)
 
@@ -334,15 +339,9 @@ def make_policy(config: BenchmarkConfig, spec, clock: Clock):
     return policy, policy.init(0), batch
 
 
-def main(config: BenchmarkConfig) -> None:
-    """Make random data and models, measure, print, write."""
-    if config.profile is not None:  # before JAX starts its backend
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_BY_ONE}"
-    spec = large_spec(
-        items=config.items, authors=config.authors, tags=500, codebook_size=config.codebook_size
-    )
-    clock = Clock()
-    needed = policy_memory(
+def needed_memory(config: BenchmarkConfig, spec) -> Memory:
+    """The estimate for an update."""
+    return policy_memory(
         config.model,
         spec,
         make_optimizer(OptimizerConfig(), 100),
@@ -353,10 +352,21 @@ def main(config: BenchmarkConfig) -> None:
         group=config.rollout.group,
         parts=config.rollout.parts,
     )
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Make random data and models, measure, print, write."""
+    if config.profile is not None:  # before JAX starts its backend
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_BY_ONE}"
+    spec = large_spec(
+        items=config.items, authors=config.authors, tags=500, codebook_size=config.codebook_size
+    )
+    clock = Clock()
+    needed = needed_memory(config, spec)
     print(
         f"an update needs about {needed.total / 2**30:.1f} GiB: state {needed.state / 2**30:.1f}, "
         f"gradients {needed.gradients / 2**30:.1f}, activations "
-        f"{needed.activations / 2**30:.1f} of a part",
+        f"{needed.activations / 2**30:.1f} of a part, copies {needed.copies / 2**30:.1f}",
         flush=True,
     )
     policy, state, batch = make_policy(config, spec, clock)

@@ -93,7 +93,9 @@ def policy_log_probs(model, variables, batch, sid_bgs, *, parts: int = 1):
         dealt = deal((batch, sid_bgs), parts)
         found = jax.lax.map(lambda part: policy_log_probs(model, variables, *part), dealt)
         return collect(found)
-    return log_probs(model.apply(variables, batch.replace(target=sid_bgs)), sid_bgs)
+    logits = model.apply(variables, batch.replace(target=sid_bgs), method="by_level")
+    levels = [log_probs(logits_bgv, sid_bgs[..., i]) for i, logits_bgv in enumerate(logits)]
+    return tuple(jnp.stack(found, axis=-1) for found in zip(*levels, strict=True))
 
 
 def draw_ids(model, variables, batch, keys, *, cfg: RolloutConfig, trie: Trie | None = None):

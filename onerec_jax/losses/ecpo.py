@@ -38,20 +38,54 @@ class PolicyConfig:
             raise InputError(f"--policy.{name} {getattr(self, name)} must be {asks}")
 
 
+@jax.custom_vjp
 def log_probs(logits, target):
     """Log-probability of each code of sampled items, and the entropy of what it was drawn from.
 
+    Their gradient keeps the logits and nothing as large beside them: those of thousands of items
+    are gigabytes, and left to itself JAX keeps one more array of the size and makes three on the
+    way.
+
     Args:
-      logits: float `[..., S, V]`; -inf where a mask forbids a code, the same as when sampling.
-      target: int32 `[..., S]`.
+      logits: float `[..., V]`; -inf where a mask forbids a code, the same as when sampling.
+      target: int32 `[...]`.
 
     Returns:
-      Two float32 `[..., S]`, in nats.
+      Two float32 `[...]`, in nats.
     """
-    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
-    finite = jnp.isfinite(logp)
-    entropy = -jnp.sum(jnp.where(finite, jnp.exp(logp) * jnp.where(finite, logp, 0), 0), axis=-1)
-    return jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0], entropy
+    return _log_probs(logits, target)[:2]
+
+
+def _log_probs(logits, target):
+    """`log_probs`, and the logarithm of what the exponentials add up to."""
+    logits = logits.astype(jnp.float32)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    # As `jax.nn.log_softmax`, but for the place of the gather.
+    below = logits - top
+    weight = jnp.exp(below)
+    norm = jnp.log(weight.sum(-1))
+    entropy = norm - jnp.where(weight > 0, weight * below, 0).sum(-1) / weight.sum(-1)
+    logp = jnp.take_along_axis(below, target[..., None], axis=-1)[..., 0] - norm
+    return logp, entropy, norm + top[..., 0]
+
+
+def _log_probs_forward(logits, target):
+    logp, entropy, norm = _log_probs(logits, target)
+    return (logp, entropy), (logits, target, norm, entropy)
+
+
+def _log_probs_backward(kept, gradients):
+    logits, target, norm, entropy = kept
+    dlogp, dentropy = gradients
+    logp = logits.astype(jnp.float32) - norm[..., None]
+    p = jnp.exp(logp)
+    hit = jax.lax.broadcasted_iota(jnp.int32, p.shape, p.ndim - 1) == target[..., None]
+    away = jnp.where(p > 0, p * (logp + entropy[..., None]), 0)
+    slope = dlogp[..., None] * (hit - p) - dentropy[..., None] * away
+    return slope.astype(logits.dtype), None
+
+
+log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 def policy_loss(

@@ -4,12 +4,10 @@ Routing as in DeepSeek-V3 (sigmoid) or OneRec V0 (softmax); balancing as in "Aux
 Load Balancing" (arXiv 2408.15664): a bias that no gradient touches steers which experts are chosen
 and never how much they count. Experts are SwiGLU (OneRec Technical Report, section 2.2.2).
 
-Axes: T tokens, D model width, E experts, K experts a token, C rows an expert takes, F hidden width.
+Axes: T tokens, D model width, E experts, K experts a token, F hidden width.
 """
 
-import functools
-import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -17,8 +15,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from onerec_jax.config import ModelConfig
-from onerec_jax.models.layers import partitioned, swiglu
+from onerec_jax.models.dropless import dropless_ffn, dropless_rows
+from onerec_jax.models.experts import capacity, expert_ffn, plan_dispatch
+from onerec_jax.models.layers import partitioned
 from onerec_jax.sharding import BATCH, USER_AXES, per_device, sharded
+
+
+@jax.checkpoint
+def router_logits(x_td, router_de):
+    """Float32 `[T, E]`. The backward pass casts the tokens anew and keeps no copy of them."""
+    return jnp.einsum("td,de->te", x_td.astype(jnp.float32), router_de)
 
 
 def route(x_td, router_de, bias_e, *, top_k, gate="sigmoid"):
@@ -34,217 +40,13 @@ def route(x_td, router_de, bias_e, *, top_k, gate="sigmoid"):
     Returns:
       Expert index int32 `[T, K]` and gate float32 `[T, K]`.
     """
-    logits_te = jnp.einsum("td,de->te", x_td.astype(jnp.float32), router_de)
+    logits_te = router_logits(x_td, router_de)
     score_te = jax.nn.sigmoid(logits_te) if gate == "sigmoid" else jax.nn.softmax(logits_te)
     _, index_tk = jax.lax.top_k(score_te + jax.lax.stop_gradient(bias_e), top_k)
     gate_tk = jnp.take_along_axis(score_te, index_tk, axis=-1)
     if gate == "sigmoid":
         gate_tk = gate_tk / gate_tk.sum(-1, keepdims=True)
     return index_tk, gate_tk
-
-
-def capacity(num_tokens, num_experts, top_k, capacity_factor):
-    """Rows C that one expert takes; a factor of 0 means as many as there are tokens (dropless).
-
-    Large capacities are rounded up to multiples of 8, at which matrix products are fast.
-    """
-    if not capacity_factor:
-        return num_tokens
-    rows = math.ceil(capacity_factor * num_tokens * top_k / num_experts)
-    return min(num_tokens, rows if rows < 64 else -(-rows // 8) * 8)
-
-
-class Plan(NamedTuple):
-    """Which token copy goes to which row of the experts' `[E * C]` buffer, and back.
-
-    N = T * K copies; copy n is of token n // K. E * C and N stand for none.
-    """
-
-    slot_tk: jax.Array  # int32 [T, K], row of each copy; E * C: dropped, or of padding
-    copy_s: jax.Array  # int32 [E * C], copy in each row; N: the row is empty
-
-
-def sort_copies(index_tk, valid_tk, num_experts):
-    """Copies by expert, earlier tokens first: experts int32 `[N]` (`num_experts` for invalid
-    copies), copies int32 `[N]`, and where each expert's begin, int32 `[E + 1]`."""
-    expert_n = jnp.where(valid_tk, index_tk, num_experts).reshape(-1).astype(jnp.int32)
-    copy_n = jnp.arange(index_tk.size, dtype=jnp.int32)
-    sorted_n, order_n = jax.lax.sort_key_val(expert_n, copy_n)
-    # Counted, for a binary search is a loop of small kernels on a GPU.
-    expert_e = jnp.arange(num_experts + 1, dtype=jnp.int32)
-    start_e = (expert_n < expert_e[:, None]).sum(1, dtype=jnp.int32)
-    return sorted_n, order_n, start_e
-
-
-def plan_dispatch(index_tk, valid_tk, num_experts, rows) -> Plan:
-    """Earlier tokens go first; copies beyond an expert's C rows and invalid ones are left out.
-
-    Args:
-      index_tk: int32 `[T, K]`, experts of each token.
-      valid_tk: bool `[T, K]`, False for padding and for experts that are not here.
-      rows: C.
-    """
-    n, none = index_tk.size, num_experts * rows
-    sorted_n, order_n, start_e = sort_copies(index_tk, valid_tk, num_experts)
-    rank_n = jnp.arange(n, dtype=jnp.int32) - start_e[sorted_n]
-    fits_n = (sorted_n < num_experts) & (rank_n < rows)
-    slot_n = jnp.where(fits_n, sorted_n * rows + rank_n, none)
-    slot_n = jnp.zeros(n, jnp.int32).at[order_n].set(slot_n, unique_indices=True)
-    place_ec = start_e[:-1, None] + jnp.arange(rows, dtype=jnp.int32)
-    filled_ec = place_ec < start_e[1:, None]
-    copy_ec = jnp.where(filled_ec, order_n[jnp.minimum(place_ec, n - 1)], n)
-    return Plan(slot_n.reshape(index_tk.shape), copy_ec.reshape(-1))
-
-
-def _rows_or_zero(x_sd, index):
-    """Rows of `x`, zeros where the index is one past its end."""
-    return jnp.take(x_sd, index, axis=0, mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def gather_rows(x_td, plan: Plan):
-    """Tokens to the experts' buffer, `[T, D] -> [E * C, D]`; empty rows hold any token.
-
-    The gradient is a gather too, by `plan.slot_tk`: scatters of rows are slow on GPUs.
-    """
-    token_s = plan.copy_s // plan.slot_tk.shape[1]
-    return jnp.take(x_td, token_s, axis=0, mode="clip")
-
-
-def _gather_rows_forward(x_td, plan):
-    return gather_rows(x_td, plan), plan
-
-
-def _gather_rows_backward(plan, gradient_sd):
-    return _rows_or_zero(gradient_sd, plan.slot_tk).sum(1), None
-
-
-gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
-
-
-@jax.custom_vjp
-def combine_rows(y_sd, gate_tk, plan: Plan):
-    """`sum_k gate_tk * y[slot_tk]`: the experts' outputs back to their tokens, `[T, D]`."""
-    y_tkd = _rows_or_zero(y_sd, plan.slot_tk)
-    return jnp.einsum("tkd,tk->td", y_tkd, gate_tk.astype(y_sd.dtype))
-
-
-def _combine_rows_forward(y_sd, gate_tk, plan):
-    return combine_rows(y_sd, gate_tk, plan), (y_sd, gate_tk, plan)
-
-
-def _combine_rows_backward(kept, gradient_td):
-    y_sd, gate_tk, plan = kept
-    gate_s = jnp.take(gate_tk.reshape(-1), plan.copy_s, mode="fill", fill_value=0)
-    token_s = plan.copy_s // gate_tk.shape[1]
-    rows_sd = jnp.take(gradient_td, token_s, axis=0, mode="clip")
-    y_tkd = _rows_or_zero(y_sd, plan.slot_tk)
-    gate_gradient = jnp.einsum("tkd,td->tk", y_tkd, gradient_td, preferred_element_type=jnp.float32)
-    return rows_sd * gate_s[:, None].astype(y_sd.dtype), gate_gradient.astype(gate_tk.dtype), None
-
-
-combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
-
-
-def expert_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, plan: Plan):
-    """Gathers tokens by expert, runs every expert as one batched product, and sums the copies.
-
-    Args:
-      x_td: tokens.
-      gate_tk: from `route`.
-      w_in_edgf: `[E, D, 2, F]`, gate and up projection.
-      w_out_efd: `[E, F, D]`.
-      plan: from `plan_dispatch`.
-
-    Returns:
-      `[T, D]` in the type of `x_td`; a dropped copy adds nothing.
-    """
-    e, d = len(w_in_edgf), x_td.shape[1]
-    y_ecd = run_experts(gather_rows(x_td, plan).reshape(e, -1, d), w_in_edgf, w_out_efd)
-    return combine_rows(y_ecd.reshape(-1, d), gate_tk, plan)
-
-
-def run_experts(x_ecd, w_in_edgf, w_out_efd):
-    """Every expert on its own rows, `[E, C, D] -> [E, C, D]`."""
-    e, d, _, f = w_in_edgf.shape
-    # One product for both, and slices of its rows: two products read the tokens twice.
-    h_ecf = jnp.einsum("ecd,edf->ecf", x_ecd, w_in_edgf.reshape(e, d, 2 * f).astype(x_ecd.dtype))
-    gate_ecf, up_ecf = jnp.split(h_ecf, 2, axis=-1)
-    return jnp.einsum("ecf,efd->ecd", swiglu(gate_ecf, up_ecf), w_out_efd.astype(x_ecd.dtype))
-
-
-FREE_ROWS = 128
-"""Rows of an expert that a GPU multiplies while it reads the weights (580 TFLOP/s, 3 to 5 TB/s)."""
-COMMON_LOAD = 1.25
-"""Load of an expert, as a multiple of the mean, that takes no further steps."""
-BLOCK = 512
-"""Rows of one further step."""
-
-
-def dropless_rows(num_tokens, num_experts, top_k) -> int:
-    """Rows C of each expert that `dropless_ffn` runs together."""
-    rows = capacity(num_tokens, num_experts, top_k, COMMON_LOAD)
-    return min(num_tokens, max(rows, FREE_ROWS))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def dropless_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, index_tk, mine_tk, rows):
-    """`expert_ffn` without a limit: for inference, whatever the load of an expert.
-
-    The first `rows` copies of each expert run as one batched product. What is over, nothing as
-    long as the load is nearly even, follows block by block, one expert each, in a loop that ends
-    when all are done. A copy's result is the same in either up to rounding.
-
-    Counted for 32 users x 512 beams, 2 of 24 experts, D 1024, F 2816, of which 0.57 TFLOP are
-    useful: 0.71 together, 9 GFLOP a further block, 58 of them (0.51 TFLOP) if all tokens choose the
-    same two experts. Rows for all tokens in every expert would be 6.8 TFLOP and 4.4 GB; sorted
-    blocks alone, each with a copy of its weights, 1.5 GB written and read whatever the load;
-    `lax.ragged_dot` runs every expert on every row on a GPU. The gradient is that of rows for all
-    tokens: right, and as dear as it sounds.
-
-    Args:
-      x_td, gate_tk, w_in_edgf, w_out_efd: as `expert_ffn`.
-      index_tk: int32, experts of each token, counted from the first of `w_in_edgf`.
-      mine_tk: bool, copies whose expert is among them.
-      rows: C, from `dropless_rows`.
-    """
-    (tokens, top_k), experts = index_tk.shape, len(w_in_edgf)
-    plan = plan_dispatch(index_tk, mine_tk, experts, rows)
-    y_td = expert_ffn(x_td, gate_tk, w_in_edgf, w_out_efd, plan)
-    if rows >= tokens:
-        return y_td
-    _, order_n, start_e = sort_copies(index_tk, mine_tk, experts)
-    over_e = jnp.maximum(jnp.diff(start_e) - rows, 0)
-    blocks_e = -(-over_e // BLOCK)
-    end_e = jnp.cumsum(blocks_e)
-
-    def block(i, y_td):
-        expert = (end_e <= i).sum()
-        first = start_e[expert] + rows + (i - end_e[expert] + blocks_e[expert]) * BLOCK
-        place_c = first + jnp.arange(BLOCK, dtype=jnp.int32)
-        copy_c = order_n[jnp.minimum(place_c, len(order_n) - 1)]
-        # Rows of none fall beyond the tokens, all in different places: no two meet.
-        token_c = jnp.where(place_c < start_e[expert + 1], copy_c // top_k, tokens + place_c)
-        w_in, w_out = (jax.lax.dynamic_slice_in_dim(w, expert, 1) for w in (w_in_edgf, w_out_efd))
-        x_cd = jnp.take(x_td, token_c, axis=0, mode="clip")
-        y_cd = run_experts(x_cd[None], w_in, w_out)[0]
-        gate_c = gate_tk.reshape(-1)[copy_c].astype(y_cd.dtype)
-        return y_td.at[token_c].add(y_cd * gate_c[:, None], mode="drop", unique_indices=True)
-
-    return jax.lax.fori_loop(0, end_e[-1], block, y_td)
-
-
-def _dropless_forward(*args):
-    return dropless_ffn(*args), args[:-1]
-
-
-def _dropless_backward(_, kept, gradient_td):
-    *values, index_tk, mine_tk = kept
-    plan = plan_dispatch(index_tk, mine_tk, len(values[2]), len(index_tk))
-    return (*jax.vjp(lambda *v: expert_ffn(*v, plan), *values)[1](gradient_td), None, None)
-
-
-dropless_ffn.defvjp(_dropless_forward, _dropless_backward)
 
 
 def routed_experts(
@@ -356,7 +158,7 @@ def auxiliary_loss(x_td, valid_t, router_de, load_e, *, gate="sigmoid"):
     f_i is the share of the copies that expert i got (no gradient), P_i the mean over tokens of its
     score, scores of a token summing to one.
     """
-    logits_te = jnp.einsum("td,de->te", x_td.astype(jnp.float32), router_de)
+    logits_te = router_logits(x_td, router_de)
     score_te = jax.nn.sigmoid(logits_te) if gate == "sigmoid" else jax.nn.softmax(logits_te)
     score_te = score_te / score_te.sum(-1, keepdims=True) * valid_t[:, None]
     mean_e = score_te.sum(0) / jnp.maximum(valid_t.sum(), 1)

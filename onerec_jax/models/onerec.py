@@ -6,6 +6,8 @@ codes of an item, m times one after the other. Logits are float32; everything be
 and the heads runs in the model's `dtype`.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,21 @@ def resolve_dtype(name: str):
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def head_logits(h, head_dv):
+    """`[..., D]` and `[D, V]` to float32 `[..., V]`."""
+    return jnp.einsum("...d,dv->...v", h, head_dv, preferred_element_type=jnp.float32)
+
+
+def _head_logits_backward(back, gradient):
+    return jax.lax.optimization_barrier(back(gradient))
+
+
+group_logits = jax.custom_vjp(head_logits)
+"""`head_logits` of thousands of items a user. Its two gradients are made together: left to itself,
+XLA puts that of the head off, and keeps that of the logits until the backward pass is over."""
+group_logits.defvjp(functools.partial(jax.vjp, head_logits), _head_logits_backward)
 
 
 class OneRec(nn.Module):
@@ -69,7 +86,8 @@ class OneRec(nn.Module):
         """Hidden states of position `level`, `[..., D]`, to float32 logits `[..., V]`."""
         h = self.norms[level](h).astype(self.dtype)
         head = self.heads[level].astype(self.dtype)
-        return jnp.einsum("...d,dv->...v", h, head, preferred_element_type=jnp.float32)
+        # Groups go through the model as in inference, and a batch for training has few targets.
+        return (head_logits if self.train else group_logits)(h, head)
 
     def encode(self, batch: Batch):
         """Encoded user tokens `[B, T, D]`, valid first, and their number int32 `[B]`."""
@@ -82,7 +100,12 @@ class OneRec(nn.Module):
         return x + self.place.astype(self.dtype)[item]
 
     def __call__(self, batch: Batch):
-        """Teacher-forced logits float32 `[B, M, levels, V]` of `batch.target`.
+        """Teacher-forced logits float32 `[B, M, levels, V]` of `batch.target`; as `by_level`."""
+        return jnp.stack(self.by_level(batch), axis=2)
+
+    def by_level(self, batch: Batch) -> list[jax.Array]:
+        """Teacher-forced logits of `batch.target`, float32 `[B, M, V]` for each level: of many
+        targets they are gigabytes, and not to be copied into one array.
 
         Targets see the user, not each other. Of a model of lists the M targets are whole lists one
         after the other, or the beginning of one: an item sees those before it in its list. The
@@ -104,7 +127,7 @@ class OneRec(nn.Module):
         x = x.reshape(users, targets // items, -1, self.cfg.d_model)
         h = self.decoder(x[:, :, :-1] if further else x, z, length)
         logits = [self.level_logits(h[:, :, i :: levels + 1], i) for i in range(levels)]
-        return jnp.stack(logits, axis=3).reshape(users, targets, levels, -1)
+        return [x.reshape(users, targets, -1) for x in logits]
 
     def start(self, batch: Batch) -> tuple[CrossCache, BeamCache]:
         """Encodes users once and returns the caches that `decode_step` needs."""

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from onerec_jax.config import ModelConfig
 from onerec_jax.errors import InputError
 from onerec_jax.inputs import FeatureSpec
+from onerec_jax.models.dropless import COMMON_LOAD
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import AXES, USER_AXES, MeshConfig, shardings_of, split_over_data
 from onerec_jax.training.flops import abstract_batch, decoder_positions, feature_width
@@ -31,6 +32,8 @@ class Memory:
     gradients: int
     """As large as the parameters, float32."""
     activations: int
+    copies: int = 0
+    """Of the parameters in the compute type, where several parts share them."""
 
     @property
     def state(self) -> int:
@@ -39,7 +42,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.state + self.gradients + self.activations
+        return self.state + self.gradients + self.activations + self.copies
 
 
 def step_memory(
@@ -98,21 +101,26 @@ def policy_memory(
 ) -> Memory:
     """Memory of a joint step of post-training; other arguments as `step_memory`.
 
-    The policy that draws lies beside the one that learns, and the gradients of the groups beside
-    those of supervised fine-tuning, in parts also the sum so far; activations are of the larger of
-    both.
+    The policy that draws lies beside the one that learns. Of gradients there are two at a time:
+    those of the groups, the sum so far or all of them, and those that a part or fine-tuning is
+    making. Activations are of the larger of both; uneven loads of experts take time and no more
+    memory. XLA's own plans are in docs/performance.md, "Post-training".
 
     Args:
       rollout_users: users with rollouts, over all devices, in `parts`.
       group: items drawn for each.
     """
     tuned = step_memory(cfg, spec, tx, mesh, users=users, accumulate=accumulate)
-    drawn = step_memory(cfg, spec, tx, mesh, users=rollout_users, targets=group, accumulate=parts)
+    groups = dataclasses.replace(cfg, capacity_factor=COMMON_LOAD)
+    drawn = step_memory(
+        groups, spec, tx, mesh, users=rollout_users, targets=group, accumulate=parts
+    )
     return Memory(
         2 * drawn.parameters,
         drawn.optimizer,
-        (2 + (parts > 1)) * drawn.gradients,
+        2 * drawn.gradients,
         max(tuned.activations, drawn.activations),
+        0 if cfg.compute_dtype == "float32" else drawn.gradients // 2,
     )
 
 
@@ -130,8 +138,9 @@ def user_activations(cfg: ModelConfig, spec: FeatureSpec, *, targets: int | None
     qformer += cfg.lifelong_queries * cfg.lifelong_blocks * (8 * d + 2 * f) * (lifelong > 0)
     # Inputs of both norms and both normed ones, query, key, value, result; hidden twice.
     dense, attention = 2 * f, 8 * d
-    copies = cfg.experts_per_token * max(cfg.capacity_factor, 1)
-    experts = copies * (2 * d + 3 * cfg.expert_dim)
+    # Rows of all experts together, for a token; without a limit every expert has one.
+    rows = cfg.experts_per_token * cfg.capacity_factor or cfg.num_experts
+    experts = rows * (2 * d + 3 * cfg.expert_dim)
 
     def stack(name, layers, tokens, more):
         with_experts = cfg.expert_layers(name)

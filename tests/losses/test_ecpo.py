@@ -146,6 +146,37 @@ def test_log_probs_and_entropy_by_hand():
     chex.assert_type(log_probs(logits.astype(jnp.bfloat16), jnp.array([1, 0])), jnp.float32)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_log_probs_are_those_of_log_softmax_and_so_are_their_gradients(dtype):
+    """Of both results, with forbidden codes among them."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 3, (B, G, 7)).astype(np.float32)
+    logits[0, :, 2] = -np.inf
+    logits = jnp.asarray(logits, dtype)
+    target = rng.choice([0, 1, 3, 4, 5, 6], (B, G))
+    weight = rng.standard_normal((2, B, G)).astype(np.float32)
+
+    def plain(logits):
+        logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+        finite = jnp.where(jnp.isfinite(logp), logp, 0)
+        entropy = -(jnp.exp(logp) * finite).sum(-1)
+        return jnp.take_along_axis(logp, target[..., None], axis=-1)[..., 0], entropy
+
+    def loss(logits, function):
+        found = function(logits)
+        return (weight * jnp.stack(found)).sum(), found
+
+    both = jax.value_and_grad(loss, has_aux=True)
+    (_, found), slope = both(logits, lambda x: log_probs(x, target))
+    (_, expected), expected_slope = both(logits, plain)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-6)
+    chex.assert_type(slope, dtype)
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    slopes = (jnp.asarray(x, jnp.float32) for x in (slope, expected_slope))
+    np.testing.assert_allclose(*slopes, rtol=tolerance, atol=tolerance / 10)
+
+
 @pytest.mark.parametrize(
     "values", [{"epsilon": 1.0}, {"epsilon": -0.1}, {"delta": 0.0}, {"delta": float("nan")}]
 )

@@ -1,6 +1,7 @@
 """Experts against 'every expert on every token', on meshes, and the balancing bias."""
 
 import functools
+import re
 from unittest import mock
 
 import chex
@@ -13,13 +14,12 @@ import pytest
 from absl.testing import parameterized
 from jax.sharding import NamedSharding
 
-from onerec_jax.models import moe
+from onerec_jax.models import dropless
+from onerec_jax.models.experts import capacity, plan_dispatch
 from onerec_jax.models.moe import (
     MoE,
     auxiliary_loss,
-    capacity,
     max_violation,
-    plan_dispatch,
     route,
     update_router_bias,
 )
@@ -101,11 +101,11 @@ class MeshTest(chex.TestCase):
         self.check(mesh, gate=gate)
 
     @parameterized.product(mesh=[(1, 1), (4, 2), (1, 8)], bias=["even", "two"])
-    def test_dropless_inference_equals_every_expert_on_every_token(self, mesh, bias):
+    def test_dropless_equals_every_expert_on_every_token(self, mesh, bias):
         """However many copies are over: with the small sizes here, a loop of several blocks."""
         sizes = {"FREE_ROWS": 1, "COMMON_LOAD": 0.5, "BLOCK": 2}
-        with mock.patch.multiple(moe, **sizes):
-            assert moe.dropless_rows(T, E, K) < T
+        with mock.patch.multiple(dropless, **sizes):
+            assert dropless.dropless_rows(T, E, K) < T
             self.check(mesh, bias=BIAS if bias == "even" else ALL_TO_TWO, dropless=True)
 
     def check(self, mesh, *, gate="sigmoid", bias=BIAS, dropless=False):
@@ -249,16 +249,27 @@ def test_capacity_by_hand():
 
 
 def test_dropless_rows_by_hand():
-    assert moe.dropless_rows(24, 8, 2) == 24  # few tokens: as many rows as tokens
-    assert moe.dropless_rows(512, 24, 2) == 128  # what the weights' bytes pay for
-    assert moe.dropless_rows(16_384, 24, 2) == 1712  # 1.25 times the mean, rounded up
+    assert dropless.dropless_rows(24, 8, 2) == 24  # few tokens: as many rows as tokens
+    assert dropless.dropless_rows(512, 24, 2) == 128  # what the weights' bytes pay for
+    assert dropless.dropless_rows(16_384, 24, 2) == 1712  # 1.25 times the mean, rounded up
+
+
+def test_no_gradient_has_rows_for_all_tokens_in_every_expert():
+    """In post-training those would be E / K times the rows, and no GPU has the memory."""
+    x, valid, weight = inputs()
+    with mock.patch.multiple(dropless, FREE_ROWS=1, COMMON_LOAD=1.0, BLOCK=2):
+        loss = functools.partial(layer_loss, gate="sigmoid", dropless=True)
+        text = str(jax.make_jaxpr(loss)(variables(), x, valid, weight))
+    shapes = [tuple(map(int, found.split(","))) for found in re.findall(r"\w\[([\d,]+)\]", text)]
+    assert (E, T * K // E, F) in shapes  # hidden rows of all experts together
+    assert not {shape for shape in shapes if shape[:2] == (E, T) and len(shape) == 3}
 
 
 def test_a_lone_token_is_served_as_in_a_crowd():
     """Whether its experts are full or empty: the loop takes what the batched product leaves."""
     x, _, _ = inputs()
     state = {**variables(), "router": {"bias": jnp.asarray(ALL_TO_TWO, jnp.float32)}}
-    with mock.patch.multiple(moe, FREE_ROWS=5, BLOCK=4):
+    with mock.patch.multiple(dropless, FREE_ROWS=5, BLOCK=4):
         crowd = helpers.quick_jit(functools.partial(module().apply, dropless=True))(state, x)
     for b, s in [(0, 0), (3, 1), (B - 1, S - 1)]:
         alone, _ = run(x[b : b + 1, s : s + 1], factor=0.0, bias=ALL_TO_TWO)

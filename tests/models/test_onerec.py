@@ -1,6 +1,7 @@
 """The whole model: caches, independence of users, meshes, lowering for TPU."""
 
 import functools
+from unittest import mock
 
 import chex
 import flax.linen as nn
@@ -17,6 +18,7 @@ from onerec_jax.generation.beam import beam_search
 from onerec_jax.generation.trie import build_trie
 from onerec_jax.inputs import Batch, Pathway
 from onerec_jax.losses.ntp import ntp_loss
+from onerec_jax.models import dropless
 from onerec_jax.models.onerec import OneRec, resolve_dtype
 from onerec_jax.sharding import BATCH, make_mesh, on_mesh, replicated, shardings_of
 from onerec_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -78,6 +80,28 @@ def test_a_user_does_not_depend_on_the_others():
     alone = run(variables(), BATCH_OF_8)
     np.testing.assert_array_equal(alone[0], run(variables(), mixed)[0])
     np.testing.assert_allclose(alone, logits_of(BATCH_OF_8), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_outside_training_are_those_of_training(remat):
+    """Whose heads and dropless experts have backward passes of their own, for memory."""
+    cfg = helpers.tiny_config(lifelong_length=0, encoder_layers=1, decoder_layers=1, remat=remat)
+    spec = helpers.bare_spec()
+    batch = helpers.random_batch(cfg, spec, USERS, targets=3)
+    variables = helpers.random_variables(OneRec(cfg, spec), batch)
+
+    @functools.partial(helpers.quick_jit, static_argnames="train")
+    def slopes(variables, train):
+        def loss(params):
+            logits = OneRec(cfg, spec, train).apply(variables | {"params": params}, batch)
+            return (jnp.sin(jnp.arange(logits.size).reshape(logits.shape)) * logits).mean()
+
+        return jax.grad(loss)(variables["params"])
+
+    with mock.patch.multiple(dropless, FREE_ROWS=1, COMMON_LOAD=1.0, BLOCK=4):
+        found, expected = (slopes(variables, train) for train in (False, True))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert np.abs(found["heads"]).max() > 1e-4
 
 
 def test_decode_steps_equal_teacher_forcing():

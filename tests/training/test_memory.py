@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from onerec_jax.errors import InputError
+from onerec_jax.models.dropless import COMMON_LOAD
 from onerec_jax.models.onerec import OneRec
 from onerec_jax.sharding import MeshConfig
 from onerec_jax.training.memory import (
@@ -72,7 +73,7 @@ def test_activations_are_what_autodiff_keeps(items):
 def test_activations_of_lists():
     """19 positions in two layers of the decoder and 15 rows of logits, in place of 3 and 3."""
     one, lists = (user_activations(helpers.tiny_config(session_items=m), SPEC) for m in (1, 5))
-    row = 2 * 12 * 16 + 2 * 2 * (2 * 16 + 3 * 12)
+    row = 2 * 12 * 16 + 2 * 8 * (2 * 16 + 3 * 12)  # of all eight experts: there is no limit
     assert lists - one == 4 * (16 * row + 2 * 12 * 8)
 
 
@@ -80,14 +81,19 @@ def test_a_joint_step_holds_two_policies_and_two_gradients():
     tx, mesh = make_optimizer(OptimizerConfig(), 100), MeshConfig()
     sizes = {"users": 8, "rollout_users": 4, "group": 16}
     found, tuned = policy_memory(CFG, SPEC, tx, mesh, **sizes), memory()
+    usual = helpers.tiny_config(capacity_factor=COMMON_LOAD)
     assert found.parameters == 2 * tuned.parameters
     assert found.gradients == 2 * tuned.gradients
     assert found.optimizer == tuned.optimizer
-    assert found.activations == memory(users=4, targets=16).activations > tuned.activations
+    assert found.activations == memory(users=4, targets=16, cfg=usual).activations
+    assert found.copies == 0
+    half = policy_memory(helpers.tiny_config(compute_dtype="bfloat16"), SPEC, tx, mesh, **sizes)
+    assert half.copies == tuned.gradients // 2
+    assert half.total == half.state + half.gradients + half.activations + half.copies
     parted = policy_memory(CFG, SPEC, tx, mesh, **sizes, parts=2)
-    assert parted.activations == memory(users=2, targets=16).activations
-    assert parted.gradients == 3 * tuned.gradients
-    sizes |= {"users": 512}
+    assert parted.activations == memory(users=2, targets=16, cfg=usual).activations
+    assert parted.gradients == found.gradients
+    sizes |= {"users": 512}  # fine-tuning needs more than the groups
     found = policy_memory(CFG, SPEC, tx, mesh, **sizes, accumulate=2)
     assert found.activations == memory(users=256).activations
 
