@@ -61,6 +61,7 @@ from onerec_jax.run import Run
 from onerec_jax.sharding import make_mesh
 
 WORDS = ("logging", "oracle", "swing")
+ARMS = "an arm is logging, oracle, RUN, RUN+REWARD or swing+REWARD"
 """Parts of an arm that are no folder."""
 
 
@@ -181,7 +182,12 @@ class Platform:
           InputError: none of that kind, or of another data set than the first.
         """
         if (kind, folder) not in self._opened:
-            run = kind.open(pathlib.Path(folder))
+            try:
+                run = kind.open(pathlib.Path(folder))
+            except InputError as error:
+                if not pathlib.Path(folder).exists():
+                    raise InputError(f"{folder}: no such run; {ARMS}") from error
+                raise
             first = next(iter(self._opened.values()), run)
             if run.dataset.fingerprint != first.dataset.fingerprint:
                 raise InputError(
@@ -271,9 +277,7 @@ def make_policy(parts: tuple[str, ...], platform: Platform) -> Policy:
         case (run, reward):
             platform.open(RewardRun, reward).check_items(platform.open(Run, run))
             return SelectionPolicy(platform.beams(run), platform.ranker(reward))
-    raise InputError(
-        f"{'+'.join(parts)}: an arm is logging, oracle, RUN, RUN+REWARD or swing+REWARD"
-    )
+    raise InputError(f"{'+'.join(parts)}: {ARMS}")
 
 
 def cascade(ranker: Ranker, config: AbConfig) -> CascadePolicy:

@@ -31,6 +31,7 @@ from experiments.from_run import (
     train_and_compare,
 )
 from experiments.pretrain import validation_examples
+from experiments.stage import follow_up
 from onerec_jax import cli
 from onerec_jax.data.examples import check_batch_size, target_examples
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
@@ -348,7 +349,7 @@ def main(config: AlignConfig) -> None:
     )
     show(result, f"{result['users']} test users, {result['lists']} lists of unseen items each")
     print(f"\neverything lies in {run.folder}: comparison.json, report.md, pairs, checkpoints")
-    print(f"more: python -m experiments.evaluate {run.folder}")
+    print(f"more: {follow_up('evaluate', run.folder)}")
 
 
 def run_command(argv: list[str] | None = None) -> None:

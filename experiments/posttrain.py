@@ -25,6 +25,7 @@ from experiments.from_run import (
     train_and_compare,
 )
 from experiments.pretrain import validation_examples
+from experiments.stage import follow_up
 from onerec_jax import cli
 from onerec_jax.data.examples import Examples, check_batch_size, target_examples, train_examples
 from onerec_jax.data.pipeline import PipelineConfig, TrainStream
@@ -369,7 +370,7 @@ def main(config: PosttrainConfig) -> None:
     )
     show(result, f"{result['users']} test users, lists of unseen items")
     print(f"\neverything lies in {run.folder}: comparison.json, report.md, rollouts, checkpoints")
-    print(f"more: python -m experiments.evaluate {run.folder}")
+    print(f"more: {follow_up('evaluate', run.folder)}")
 
 
 def run_command(argv: list[str] | None = None) -> None:

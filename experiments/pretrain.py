@@ -22,7 +22,7 @@ from experiments import evaluate, recommend
 from experiments.describe import describe_model
 from experiments.prepare import PrepareConfig, prepare
 from experiments.pretrain_config import DEMO, PretrainConfig, settings
-from experiments.stage import RUNS, checked_mesh, seconds_of_training
+from experiments.stage import RUNS, checked_mesh, follow_up, seconds_of_training
 from experiments.tokenize import say, with_alignment_preset
 from onerec_jax import cli, distributed
 from onerec_jax.config import PRESETS
@@ -371,13 +371,13 @@ def run_stages(config: PretrainConfig) -> None:
         seconds["train"] = seconds_of_training(run, lambda: train(config, run, mesh))
         if jax.process_count() > 1:
             run.checkpoints.close()
-            print(f"trained; test it with one process: python -m experiments.evaluate {run.folder}")
+            print(f"trained; test it with one process: {follow_up('evaluate', run.folder)}")
             return
         result = evaluate.evaluate_run(run, config.evaluation, seconds)
     evaluate.show(result)
     show_recommendations(config, run)
     print(f"\neverything lies in {run.folder}: report.md, report.json, plots, checkpoints")
-    print(f"more: python -m experiments.recommend {run.folder} --user ID")
+    print(f"more: {follow_up('recommend', run.folder)} --user ID")
 
 
 def run_command(argv: list[str] | None = None) -> None:

@@ -246,6 +246,8 @@ def write_report(run: ExposureRun, result: dict, markdown: Callable[[dict], str]
 def show_tables(notes: list[str], tables: dict) -> None:
     """Prints tables, given as title -> (header, rows), and what they need to be read."""
     console = rich.console.Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # in a file nothing has to be squeezed
     for note in notes:
         console.print(note.replace("**", ""))
     for title, (header, rows) in tables.items():

@@ -10,12 +10,14 @@ after it; each ends with the training. One that dies is replaced by those that a
 import contextlib
 import dataclasses
 import pathlib
+import shlex
 import signal
 import time
 from typing import Annotated
 
 import tyro
 
+from experiments.stage import follow_up
 from onerec_jax import cli
 from onerec_jax.errors import InputError, require_at_least
 from onerec_jax.posttraining.queue import Queue
@@ -68,10 +70,15 @@ def wait_for_trainer(queue: Queue, idle_s: float) -> None:
 def open_run(folder: pathlib.Path, queue: Queue) -> Run:
     """The run, if the queue is its own."""
     run = Run.open(folder)
-    if run.config["settings"].get("stage") != "posttrain":
-        raise InputError(f"{folder} is no run of experiments.posttrain: give its --out")
+    check_stage(run)
     check_owner(queue, run)
     return run
+
+
+def check_stage(run: Run) -> None:
+    """Raises InputError if it is no run of post-training."""
+    if run.config["settings"].get("stage") != "posttrain":
+        raise InputError(f"{run.folder} is no run of experiments.posttrain: give its --out")
 
 
 def queued_draws(config, run: Run, stream: PolicyStream, stop: StopSignal) -> QueuedDraws:
@@ -97,7 +104,7 @@ def queued_draws(config, run: Run, stream: PolicyStream, stop: StopSignal) -> Qu
         digest=digest,
         saved=lambda: run.checkpoints.latest or 0,
         stopped=lambda: stop.received is not None,
-        hint=f"python -m experiments.sample {run.folder} --queue {config.queue.folder}",
+        hint=f"{follow_up('sample', run.folder)} --queue {shlex.quote(str(config.queue.folder))}",
     )
 
 
@@ -106,6 +113,8 @@ def main(config: SampleConfig) -> None:
     with contextlib.suppress(ValueError):  # not the main thread: no signals here
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # gives its request back
     queue = Queue(config.queue, lease_s=config.lease_s)
+    if (config.run / "config.json").exists():
+        check_stage(Run.open(config.run))  # at once, and not only when a trainer has come
     wait_for_trainer(queue, config.idle_s)
     run = open_run(config.run, queue)
     if run.config["settings"]["deterministic"]:

@@ -88,7 +88,8 @@ class Run:
           lifelong_folder, snapshots: compressed lives, if `spec.clustered`.
 
         Raises:
-          InputError: the folder holds a run with other settings, data or semantic IDs.
+          InputError: the folder holds a run with other settings, data or semantic IDs, or cannot be
+            written.
         """
         config = {
             "command": command,
@@ -111,9 +112,14 @@ class Run:
         elif folder.exists() and not _only_begun(folder):
             raise InputError(f"{cls.flag} {folder} exists and is no run folder: give another one")
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "features.json", spec.to_json())
-            write_text(path, json.dumps(config, indent=1))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "features.json", spec.to_json())
+                write_text(path, json.dumps(config, indent=1))
+            except OSError as error:
+                raise InputError(
+                    f"{cls.flag} {folder} cannot be written ({error.strerror}): choose another"
+                ) from error
         return cls(folder, config, dataset, ids, spec, snapshots, training=True)
 
     @classmethod
@@ -131,8 +137,9 @@ class Run:
             spec = FeatureSpec.from_json((folder / "features.json").read_text())
             stage = config["settings"].get("stage", "pretrain")
         except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise InputError(
-                f"{folder} is no run folder ({error}): make one with "
+                f"{folder} is no run folder ({reason}): make one with "
                 f"`python -m experiments.{cls.stage}`"
             ) from error
         if stage not in cls.stages:

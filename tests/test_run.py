@@ -197,6 +197,12 @@ def test_a_run_killed_before_its_config_was_written_starts_again(place):
     assert not (run.folder / "config.json").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(place):
+    (place.folder / "file").write_text("")
+    with pytest.raises(InputError, match="file/run cannot be written .Not a directory."):
+        place.create(name="file/run")
+
+
 def test_a_damaged_config_is_one_line(place):
     (place.create().folder / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json is damaged"):
