@@ -38,6 +38,18 @@ def where(location) -> str:
     return ".".join(str(part) for part in location if " " not in str(part))[:200]
 
 
+def explain(error: dict) -> str:
+    """What pydantic found wrong with a request, on one line."""
+    kind, location = error["type"], error["loc"]
+    if kind == "json_invalid":
+        return f"the body is no JSON: {error['ctx']['error']} at character {location[-1]}"
+    if where(location) == "body.user_id" and kind == "missing":
+        return "body: give a user_id or a history"
+    if where(location) == "body.user_id" and kind == "extra_forbidden":
+        return "body: give a user_id or a history, not both"
+    return f"{where(location)}: {error['msg']}"
+
+
 Text = Annotated[str, StringConstraints(strict=True, max_length=200)]
 Id = Annotated[
     _one_of(lambda value: "number" if type(value) is int else "text", number=StrictInt, text=Text),

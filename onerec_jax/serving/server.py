@@ -146,7 +146,7 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
         responses={
             status: {"model": schemas.Error, "description": what}
             for status, what in {
-                400: "Not UTF-8",
+                400: "Not UTF-8, nested too deeply, or a number too long",
                 408: "The request came too slowly",
                 413: "The body is too large",
                 422: "A value that cannot be",
@@ -162,8 +162,7 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
-        first = error.errors()[0]
-        line = f"{schemas.where(first['loc'])}: {first['msg']}"
+        line = schemas.explain(error.errors()[0])
         if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
             line += " (send it with Content-Type: application/json)"
         return refusal(422, line)
@@ -174,7 +173,10 @@ def create_app(service: Service, config: HttpConfig = HttpConfig()) -> FastAPI: 
 
     @app.exception_handler(HTTPException)
     async def plain(request, error):
-        return refusal(error.status_code, str(error.detail), error.headers)
+        line = str(error.detail)
+        if error.status_code == 400 and "parsing the body" in line:  # FastAPI's words
+            line = "the body is not UTF-8, nested too deeply, or has a number too long"
+        return refusal(error.status_code, line, error.headers)
 
     @app.exception_handler(QueueFull)
     async def full(request, error):

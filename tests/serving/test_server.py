@@ -200,13 +200,13 @@ def refused(answer, status, words):
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({}, 422, "user_id: Field required"),
+        ({}, 422, "give a user_id or a history"),
         ({"user_id": "nobody"}, 404, "no user 'nobody'"),
         ({"user_id": 10**25}, 404, "no user"),
         ({"user_id": "x" * 201}, 422, "at most 200"),
         ({"user_id": None}, 422, "user_id"),
         ({"user_id": True}, 422, "user_id"),
-        ({"user_id": 1, "history": [1]}, 422, "user_id: Extra inputs"),
+        ({"user_id": 1, "history": [1]}, 422, "a user_id or a history, not both"),
         ({"history": [999]}, 404, "no item '999'"),
         ({"history": "1,2"}, 422, "list"),
         ({"history": [[1]]}, 422, "history"),
@@ -258,6 +258,20 @@ def test_bad_bodies(server, body, status):
     headers = {"Content-Type": "application/json"}
     refused(server.client.post("/v1/recommend", content=body, headers=headers), status, "")
     assert get(server, "/healthz").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"user_id": 1', "the body is no JSON: Expecting ',' delimiter at character 13"),
+        (b'{"user_id": "\xc3\x28"}', "the body is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_read_is_said(server, body, words):
+    answer = server.client.post(
+        "/v1/recommend", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert answer.json()["error"].startswith(words)
 
 
 @pytest.mark.parametrize(
