@@ -8,10 +8,34 @@ import contextlib
 import gc
 import logging
 import sys
+import threading
 import traceback
 import warnings
 
 LOGGERS = ("absl", "asyncio")
+_lock = threading.Lock()
+_within = 0
+_levels: dict[str, int] = {}
+
+
+@contextlib.contextmanager
+def _silent_loggers():
+    """Blocks of several threads may overlap: the first to come silences, the last to go restores."""
+    global _within
+    with _lock:
+        _within += 1
+        if _within == 1:
+            for name in LOGGERS:
+                _levels[name] = logging.getLogger(name).level
+                logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _within -= 1
+            if _within == 0:
+                for name in LOGGERS:
+                    logging.getLogger(name).setLevel(_levels[name])
 
 
 @contextlib.contextmanager
@@ -21,23 +45,16 @@ def quiet():
     Reads come back from their own threads whenever they do: after a failure, complaints of theirs
     (and no others) stay dropped for the rest of the process.
     """
-    levels = {name: logging.getLogger(name).level for name in LOGGERS}
-    for name in LOGGERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                yield
-            except Exception as error:
-                _drop_complaints()
-                for one in _chain(error):
-                    traceback.clear_frames(one.__traceback__)  # they hold the reads
-                gc.collect()
-                raise
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    with _silent_loggers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Exception as error:
+            _drop_complaints()
+            for one in _chain(error):
+                traceback.clear_frames(one.__traceback__)  # they hold the reads
+            gc.collect()
+            raise
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -54,6 +54,17 @@ def test_logs_and_warnings_are_dropped_within(caplog):
     assert [record.message for record in caplog.records] == ["something else"]
 
 
+def test_blocks_that_overlap_restore_what_was_there():
+    logger = logging.getLogger("absl")
+    level, first, second = logger.level, quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.level > logging.CRITICAL
+    second.__exit__(None, None, None)
+    assert logger.level == level
+
+
 def test_reads_given_up_are_dropped_after_a_failure_and_nothing_else(complaints):
     def fail():
         reads = [reader("/x/orbax/reads.py")]
