@@ -20,7 +20,7 @@ _levels: dict[str, int] = {}
 
 @contextlib.contextmanager
 def _silent_loggers():
-    """Blocks of several threads may overlap: the first to come silences, the last to go restores."""
+    """Blocks of several threads may overlap: the first silences, the last restores."""
     global _within
     with _lock:
         _within += 1
