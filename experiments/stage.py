@@ -51,7 +51,7 @@ def seconds_of_training(run: Run, train: Callable[[], tuple[object, Progress]]) 
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path):
-    """Keeps other commands from training in a folder at the same time, as far as the system can.
+    """Keeps other commands from training in a run folder meanwhile, as far as the system can.
 
     Raises:
       InputError: one does.
@@ -61,7 +61,7 @@ def held(folder: pathlib.Path):
     except ImportError:
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    with open(folder / "config.json") as file:
         try:
             # Of the processes of one run the first writes.
             if jax.process_index() == 0:

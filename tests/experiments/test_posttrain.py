@@ -179,9 +179,9 @@ def test_the_result_opens_as_any_run(posted, capfd):
 @contextlib.contextmanager
 def samplers(run, queue, count=2):
     """Other drawers, here threads, until the training has come to its end."""
-    flags = [str(x) for x in (run, "--queue", queue, "--idle-s", 300)]
+    config = sample.SampleConfig(run, queue, idle_s=60)  # command lines are no matter of threads
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        started = [pool.submit(sample.run_command, flags) for _ in range(count)]
+        started = [pool.submit(sample.main, config) for _ in range(count)]
         yield
         for one in started:
             one.result()

@@ -7,6 +7,7 @@ from onerec_jax.errors import InputError
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     with held(tmp_path):
         with pytest.raises(InputError, match="another process trains"), held(tmp_path):
             pass
