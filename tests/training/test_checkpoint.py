@@ -200,9 +200,10 @@ def test_nothing_to_restore(opened, mesh, tmp_path):
         checkpoints.restore_model(abstract(make_state(mesh)).variables)
 
 
-def test_folders_of_killed_saves_are_cleaned(opened, mesh):
+def test_folders_of_killed_saves_are_cleaned(opened, mesh, tmp_path):
     """Orbax writes beside the step under a name of its own and renames in the end."""
-    state, folder = make_state(mesh, step=10), opened().folder
+    # One at a time: each cleans when it is opened, and would take the other's save for a dead one.
+    state, folder = make_state(mesh, step=10), tmp_path / "c"
     opened(folder).save(state, note={"step": 10}, score=0.0)
     shutil.copytree(folder / "10", folder / "20.orbax-checkpoint-tmp")
     (folder / "20.orbax-checkpoint-tmp" / "commit_success.txt").unlink(missing_ok=True)
